@@ -1,0 +1,69 @@
+"""Which implementation of an op runs: chosen by the tensor's device, or by name with `use_backend`."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["reference", "cpu", "triton"]
+
+_forced: ContextVar[Backend | None] = ContextVar("tenfold_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Run the ops inside the block on one backend, whatever the tensors' device would choose.
+
+    `reference` is the definition in plain torch, on any device; `cpu` the blocked CPU path; `triton` the
+    kernels, on CUDA and ROCm tensors, or on CPU tensors in Triton's interpreter when `TRITON_INTERPRET=1` was
+    set before Triton was imported. A backend that cannot run the call raises: nothing falls back.
+
+    Raises:
+        ValueError: `name` is not a backend.
+    """
+    if name not in get_args(Backend):
+        raise ValueError(f"name: unknown backend {name!r}; accepted: {', '.join(get_args(Backend))}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose_backend(tensor: Tensor) -> Backend:
+    """The backend for an op whose first argument is `tensor`: the one named by `use_backend`, else by device.
+
+    Without a name: `triton` on CUDA and ROCm, `cpu` on the CPU, `reference` on every other device.
+
+    Raises:
+        RuntimeError: the named backend cannot run on the tensor's device.
+    """
+    device = tensor.device.type
+    forced = _forced.get()
+    if forced is None:
+        return {"cuda": "triton", "cpu": "cpu"}.get(device, "reference")
+    if forced == "cpu" and device not in ("cpu", "meta"):
+        raise RuntimeError(f"backend 'cpu' was asked for, but the tensors are on {tensor.device}")
+    if forced == "triton" and device not in ("cuda", "meta") and not (device == "cpu" and _interpreting()):
+        raise RuntimeError(
+            f"backend 'triton' was asked for, but the tensors are on {tensor.device}; it runs on CUDA and ROCm "
+            "devices, and on the CPU only in Triton's interpreter (TRITON_INTERPRET=1 before the import)"
+        )
+    return forced
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """`tensors` in the autocast dtype where autocast is on for their device, as torch's own matmuls do."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -1,0 +1,24 @@
+"""What the ops are tested with: error budget, inputs, poisoned memory, ahead-of-time compilation."""
+
+from .aot import Compiled, Launch, compile_ahead, compile_launch, recorded_launches, shared_limit
+from .budget import assert_within_budget, check_op
+from .inputs import cog_inputs, lay_out, logprob_inputs, with_margin
+from .memory import peak_memory
+from .poison import poisoned_scratch
+
+__all__ = [
+    "Compiled",
+    "Launch",
+    "assert_within_budget",
+    "check_op",
+    "cog_inputs",
+    "compile_ahead",
+    "compile_launch",
+    "lay_out",
+    "logprob_inputs",
+    "peak_memory",
+    "poisoned_scratch",
+    "recorded_launches",
+    "shared_limit",
+    "with_margin",
+]

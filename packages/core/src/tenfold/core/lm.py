@@ -1,0 +1,202 @@
+"""Language models: transformers' own Llama from a small config, and the Lightning module that trains one."""
+
+import math
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from tenfold.kernels import linear_logprob
+
+try:
+    from .training.schedules import warmup_cosine
+except ImportError:  # TODO until training lands
+
+    def warmup_cosine(optimizer, *, warmup_steps, total_steps, min_ratio):
+        """Until training lands."""
+
+        def scale(step):
+            if step < warmup_steps:
+                return (step + 1) / warmup_steps
+            x = min(1, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+            return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * x))
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+
+
+def llama_config(
+    *,
+    vocab_size: int,
+    layers: int,
+    dim: int,
+    heads: int,
+    ffn: int,
+    max_length: int,
+    kv_heads: int | None = None,
+    attention: str = "sdpa",
+    tie_embeddings: bool = False,
+    **extra,
+) -> LlamaConfig:
+    """A Llama as transformers describes it, in few words.
+
+    Args:
+        vocab_size: tokens.
+        layers: decoder blocks.
+        dim: width of the residual stream.
+        heads: query heads, each of `dim / heads`.
+        ffn: inner width of the SwiGLU feed-forward.
+        max_length: longest sequence in tokens.
+        kv_heads: key and value heads; `heads` by default.
+        attention: a name that transformers knows or that was registered ("sdpa", "eager", "cog").
+        tie_embeddings: whether the head's weight is the embedding's.
+        extra: passed to `LlamaConfig`; token 0, the separator of `tenfold.core.data`, begins and ends a text
+            by default.
+
+    Raises:
+        ValueError: heads that do not divide `dim`, or kv_heads that do not divide heads.
+    """
+    kv_heads = heads if kv_heads is None else kv_heads
+    if dim % heads:
+        raise ValueError(f"heads: {heads} do not divide dim {dim}")
+    if heads % kv_heads:
+        raise ValueError(f"kv_heads: {kv_heads} do not divide heads {heads}")
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=dim,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=tie_embeddings,
+        attn_implementation=attention,
+        **{"bos_token_id": 0, "eos_token_id": 0, **extra},
+    )
+
+
+class CausalLM(LightningModule):
+    """Trains a causal language model on the batches of `TextDataModule`.
+
+    The loss is the mean of -log p(token | those before it) over a batch, in nats, computed without the matrix
+    of logits; `val/bits_per_byte` is Σ -log₂ p over the validation set ÷ its UTF-8 bytes, which does not
+    depend on the tokenizer. AdamW decays the weights of linear layers, the head's included unless it is tied;
+    it does not decay embeddings, norms, biases and other vectors. The learning rate rises linearly over
+    `warmup_steps` and falls on a cosine to `lr · min_lr_ratio` at the end of training.
+
+    A subclass that overrides `build` trains any other transformers model whose logits are its output
+    embedding times its last hidden state. After `configure_model`, which Trainer calls, the model is at `lm`,
+    and `module.lm.save_pretrained(folder)` writes it for `AutoModelForCausalLM.from_pretrained`.
+
+    Args:
+        vocab_size: tokens; that of the data.
+        layers: decoder blocks.
+        dim: width of the residual stream.
+        heads: query heads.
+        ffn: inner width of the feed-forward.
+        max_length: longest sequence in tokens.
+        kv_heads: key and value heads; `heads` by default.
+        attention: transformers' name of the attention.
+        tie_embeddings: whether the head's weight is the embedding's.
+        lr: the highest learning rate.
+        min_lr_ratio: the last learning rate, as a share of `lr`.
+        warmup_steps: over which the learning rate rises.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+
+    Example:
+        >>> module = CausalLM(vocab_size=2048, layers=4, dim=128, heads=4, ffn=344)
+        >>> Trainer(max_steps=600).fit(module, TextDataModule(vocab_size=2048))
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        layers: int = 6,
+        dim: int = 128,
+        heads: int = 4,
+        ffn: int = 344,
+        max_length: int = 512,
+        kv_heads: int | None = None,
+        attention: str = "sdpa",
+        tie_embeddings: bool = False,
+        lr: float = 3e-3,
+        min_lr_ratio: float = 0.1,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lm: PreTrainedModel | None = None
+
+    def build(self) -> PreTrainedModel:
+        """The model to train, with fresh weights: a Llama of the constructor's sizes."""
+        names = (
+            "vocab_size",
+            "layers",
+            "dim",
+            "heads",
+            "ffn",
+            "max_length",
+            "kv_heads",
+            "attention",
+            "tie_embeddings",
+        )
+        return LlamaForCausalLM(llama_config(**{name: self.hparams[name] for name in names}))
+
+    def configure_model(self) -> None:
+        """Build the model, once; under Trainer, in the dtype and on the device that its strategy wants."""
+        if self.lm is None:
+            self.lm = self.build()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Log-probabilities `(B, T)` of `tokens` `(B, T + 1)`, each but the first given those before it."""
+        hidden = self.lm.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+        head = self.lm.get_output_embeddings()
+        return linear_logprob(hidden, head.weight, tokens[:, 1:], bias=getattr(head, "bias", None))
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """The loss of a batch, logged as `train/loss`."""
+        loss = -self(batch["tokens"]).mean()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Empty the sums."""
+        self.nats = torch.zeros((), device=self.device)
+        self.counts = torch.zeros(2, dtype=torch.int64, device=self.device)  # tokens, bytes
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        """Add a batch to the sums; rows of 0 bytes are padding."""
+        logp = self(batch["tokens"])[batch["bytes"] > 0]
+        self.nats -= logp.sum()
+        self.counts[0] += logp.numel()
+        self.counts[1] += batch["bytes"].sum()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/loss` and `val/bits_per_byte`, over all devices."""
+        nats = self.trainer.strategy.reduce(self.nats, reduce_op="sum")
+        tokens, size = self.trainer.strategy.reduce(self.counts, reduce_op="sum")
+        values = {"val/loss": nats / tokens, "val/bits_per_byte": nats / (math.log(2) * size)}
+        self.log_dict(values, prog_bar=True, sync_dist=True)
+
+    def configure_optimizers(self) -> dict:
+        """AdamW in two groups, and the schedule, stepped after each update."""
+        embeddings = {id(p) for m in self.lm.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        decayed, others = [], []
+        for parameter in self.lm.parameters():
+            group = decayed if parameter.dim() > 1 and id(parameter) not in embeddings else others
+            group.append(parameter)
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(
+            groups, lr=self.hparams.lr, betas=self.hparams.betas, weight_decay=self.hparams.weight_decay
+        )
+        schedule = warmup_cosine(
+            optimizer,
+            warmup_steps=self.hparams.warmup_steps,
+            total_steps=int(self.trainer.estimated_stepping_batches),
+            min_ratio=self.hparams.min_lr_ratio,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

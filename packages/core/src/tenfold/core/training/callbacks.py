@@ -1,0 +1,208 @@
+"""Callbacks: stop before a NaN does harm, stop on a signal without loss, go on with the same bits."""
+
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient is infinite or NaN; the weights are those before the update."""
+
+
+class NonFiniteGuard(Callback):
+    """Stops before an update whose loss or gradient is not finite, in every process; logs `grad_norm`.
+
+    The norm is the l2 norm over all parameters' gradients, before clipping. With a gradient scaler
+    (`precision="16-mixed"`), which skips updates with infinite gradients itself, only the loss is looked at.
+    """
+
+    def __init__(self) -> None:
+        self._loss: Tensor | None = None
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Remember the loss; the sum of those of accumulated batches is finite only if each is."""
+        loss = loss.detach()
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Raise NonFiniteError, or log the norm and let the update happen."""
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if hasattr(norm, "full_tensor"):  # sharded gradients
+            norm = norm.full_tensor()
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        watched = {"loss": self._loss, "gradient norm": None if scaled else norm}
+        self._loss = None
+        values = {name: float(value) for name, value in watched.items() if value is not None}
+        wrong = {name: value for name, value in values.items() if not np.isfinite(value)}
+        if _any_process(trainer, bool(wrong)):
+            what = ", ".join(f"{name} {value}" for name, value in wrong.items()) or "NaN in another process"
+            batch = trainer.fit_loop.batch_idx
+            raise NonFiniteError(
+                f"step {trainer.global_step}, epoch {trainer.current_epoch}, batch {batch}: {what}; stopped "
+                "before the update (a lower learning rate, a longer warm-up or gradient clipping may help)"
+            )
+        pl_module.log("grad_norm", norm)
+
+
+class RandomState(Callback):
+    """Keeps the states of torch's, NumPy's and Python's global generators in checkpoints.
+
+    They are restored when training starts, for each process its own. With `ResumableDataLoader`, dropout in
+    resumed training is then that of the uninterrupted one. If the number of processes has changed, they are
+    left as they are.
+    """
+
+    _KEY = "random_state"
+
+    def __init__(self) -> None:
+        self._states: list[dict[str, Any]] | None = None
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Store the states of all processes."""
+        checkpoint[self._KEY] = _gather(trainer, _random_state())
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the states until training starts: what comes before may draw numbers too."""
+        self._states = checkpoint.get(self._KEY)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore this process's states."""
+        if self._states and len(self._states) == trainer.world_size:
+            _set_random_state(self._states[trainer.global_rank])
+        self._states = None
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `<folder>/last.ckpt` up to date, and saves it when a signal stops training.
+
+    It is written every few minutes, at the end, and on SIGTERM or SIGINT (Ctrl-C). A signal lets the batch
+    end, and the validation that may be due after it, in every process; then the checkpoint is written and
+    Lightning's `SIGTERMException` leaves `fit`, with `signal` set. A second Ctrl-C stops at once, without
+    saving.
+
+    A checkpoint is only ever written between two batches, where training can go on to the same bits.
+
+    Args:
+        folder: of `last.ckpt`.
+        minutes: between two savings.
+    """
+
+    def __init__(self, folder: str | Path, *, minutes: float = 5.0) -> None:
+        super().__init__()
+        self.path = Path(folder) / "last.ckpt"
+        self.minutes = minutes
+        self.signal: signal.Signals | None = None
+        self.began = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals from Lightning, whose handlers begin a collective wherever a process may be.
+
+        It restores what was there before it when training ends.
+        """
+        self.began, self._step, self._time = True, None, time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._receive)
+            signal.signal(signal.SIGINT, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        """Save or stop if it is time, unless validation comes first."""
+        if not _validation_follows(trainer):
+            self._between_batches(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save or stop if it is time and this was a validation in the course of training."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._between_batches(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, unless the last step's checkpoint is there."""
+        if self._step != trainer.global_step:
+            self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save if a signal was the reason."""
+        if isinstance(exception, SIGTERMException) and self.signal is not None:
+            self._save(trainer)
+
+    def _between_batches(self, trainer: Trainer) -> None:
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return  # the gradients so far would be lost
+        if _any_process(trainer, self.signal is not None):
+            self.signal = self.signal or signal.SIGTERM
+            # Lightning now ends the loop by SIGTERMException, when all that belongs to the batch is done.
+            trainer._signal_connector.received_sigterm = True
+        elif trainer.global_step == trainer.max_steps:
+            self._save(
+                trainer
+            )  # here, since Lightning counts the epoch that `max_steps` breaks off as a whole one
+        elif _any_process(trainer, time.monotonic() - self._time > 60 * self.minutes):
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._step, self._time = trainer.global_step, time.monotonic()
+
+
+def _any_process(trainer: Trainer, here: bool) -> bool:
+    """Whether `here` is true in any process."""
+    return here if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(here, all=False)
+
+
+def _validation_follows(trainer: Trainer) -> bool:
+    """Whether validation runs between this batch and the next."""
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+
+
+def _gather(trainer: Trainer, value: Any) -> list[Any]:
+    """`value` of every process, by rank."""
+    if trainer.world_size == 1:
+        return [value]
+    values = [None] * trainer.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _random_state() -> dict[str, Any]:
+    """As tensors and plain values, which load with `weights_only=True`."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": [version, torch.tensor(words), gauss],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))

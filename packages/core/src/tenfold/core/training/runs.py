@@ -1,0 +1,141 @@
+"""Which configs, checkpoint and folder a run has: the part of the command line that is not LightningCLI's."""
+
+import os
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from ..errors import UserError, unknown
+from ..methods import Method, configs
+
+_ROOT = Path("runs")
+
+
+@dataclass
+class RunOptions:
+    """What `--config`, `--resume` and `--ckpt_path` came to.
+
+    Args:
+        folder: where a fit is kept, `runs/<method>/<config>`; or that of the checkpoint.
+        checkpoint: to begin with; None is from scratch.
+        rest: the arguments for LightningCLI, with the configs as files.
+    """
+
+    folder: Path
+    checkpoint: Path | None = None
+    rest: list[str] = field(default_factory=list)
+
+    @classmethod
+    def parse(cls, method: Method, verb: str, arguments: list[str]) -> "RunOptions":
+        """Take the three options out of `arguments`.
+
+        Raises:
+            UserError: a config that is missing or not YAML, no run to resume, or an option without its value.
+        """
+        names, resume, checkpoint, rest = _split(arguments)
+        if checkpoint == "last":
+            resume, checkpoint = resume or "", None
+        if resume is not None:
+            folder = _run_folder(method, resume, names)
+            files = [folder / "config.yaml"]
+            path: Path | None = folder / "checkpoints" / "last.ckpt"
+        else:
+            files = [_config(method, name) for name in names]
+            path = Path(checkpoint) if checkpoint is not None else None
+            folder = _new_folder(method, files)
+            run = path.parent.parent if path else None
+            if verb != "fit" and run and (run / "config.yaml").exists():
+                folder, files = run, files or [run / "config.yaml"]
+        for file in files:
+            _check(file)
+        given = [argument for file in files for argument in ("--config", str(file))]
+        return cls(folder, path, [*given, *rest])
+
+
+def _split(arguments: list[str]) -> tuple[list[str], str | None, str | None, list[str]]:
+    """Names of configs, run to resume ("" for the latest), checkpoint, and the other arguments."""
+    names: list[str] = []
+    resume = checkpoint = None
+    rest: list[str] = []
+    left = list(arguments)
+    while left:
+        option, equals, value = left.pop(0).partition("=")
+        if option not in ("--config", "-c", "--resume", "--ckpt_path"):
+            rest.append(option + equals + value)
+            continue
+        if not equals and left and not left[0].startswith("-"):
+            value = left.pop(0)
+        if not value and option != "--resume":
+            raise UserError(f"{option}: expected a value after it")
+        if option == "--resume":
+            resume = value
+        elif option == "--ckpt_path":
+            checkpoint = value
+        else:
+            names.append(value)
+    return names, resume, checkpoint, rest
+
+
+def _config(method: Method, name: str) -> Path:
+    shipped = configs(method)
+    if name in shipped:
+        return shipped[name]
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix or len(path.parts) > 1:
+        raise UserError(f"config: there is no file {name}; shipped: {', '.join(shipped) or 'none'}")
+    raise UserError(f"config: {unknown('name', name, shipped)} (or the path of a YAML file)")
+
+
+def _check(file: Path) -> None:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(
+            f"config {file}: not valid YAML{where}: {getattr(error, 'problem', error)}"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {file}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        got = type(content).__name__
+        raise UserError(f"config {file}: expected sections (trainer, model, data), got a {got}")
+
+
+def _run_folder(method: Method, resume: str, names: list[str]) -> Path:
+    """The run that `--resume` means: a folder, or the latest of the method, or of the config named."""
+    if resume:
+        folder = Path(resume)
+        if not (folder / "checkpoints" / "last.ckpt").is_file():
+            raise UserError(f"resume: {resume} holds no run, there is no checkpoints/last.ckpt in it")
+        return folder
+    base = _ROOT / method.name
+    name = Path(names[-1]).stem if names else None
+    found = [
+        file
+        for file in base.glob("*/checkpoints/last.ckpt")
+        if name is None or re.fullmatch(rf"{re.escape(name)}(-\d+)?", file.parent.parent.name)
+    ]
+    if not found:
+        raise UserError(f"resume: there is no run to go on with in {base / (name or '')}")
+    return max(found, key=lambda file: file.stat().st_mtime).parent.parent
+
+
+def _new_folder(method: Method, files: list[Path]) -> Path:
+    """`runs/<method>/<config>`, with a number where that is taken, the same in every process of a run."""
+    if folder := os.environ.get("TENFOLD_RUN_FOLDER"):  # set by the process that started this one
+        return Path(folder)
+    name = files[-1].stem if files else time.strftime("%Y-%m-%d-%H%M%S")
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    if job and job != "none":  # processes started by others, which agree on this alone
+        return _ROOT / method.name / f"{name}-{job}"
+    folder, number = _ROOT / method.name / name, 1
+    while folder.exists():
+        number += 1
+        folder = _ROOT / method.name / f"{name}-{number}"
+    return folder

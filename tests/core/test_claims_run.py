@@ -1,0 +1,261 @@
+import functools
+import importlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from tenfold.core.claims import Run, files, fingerprint
+from tenfold.core.claims.progress import RunProgress, duration
+
+CALLS = []
+
+
+def double(x=1, seed=0):
+    CALLS.append((x, seed))
+    return {"value": 2 * x, "list": (1, 2), "array": np.arange(2), "tensor": torch.tensor(0.5)}
+
+
+def fail_at(x):
+    if x == 2:
+        raise RuntimeError("out of luck")
+    return {"x": x}
+
+
+def diverge():
+    return {"curve": [1.0, float("nan")]}
+
+
+def text():
+    return "not a dict"
+
+
+def opaque():
+    return {"x": object()}
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    CALLS.clear()
+    fingerprint._digest.cache_clear()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A method's package whose sources a test may edit."""
+    folder = tmp_path / "src" / "toymethod"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "train.py").write_text("def train(steps):\n    return {'loss': 1 / steps}\n")
+    (folder / "claims.py").write_text("def here():\n    return {'x': 1}\n")
+    monkeypatch.syspath_prepend(folder.parent)
+    importlib.invalidate_caches()
+    yield folder
+    for name in [m for m in sys.modules if m.split(".")[0] == "toymethod"]:
+        del sys.modules[name]
+
+
+def run_in(folder, package="toymethod"):
+    return Run(package, folder / "measurements")
+
+
+def test_a_second_run_does_no_work(tmp_path, package):
+    first = run_in(tmp_path).measure("a/b", double, x=3, seed=1)
+    run = run_in(tmp_path)
+    assert run.measure("a/b", double, x=3, seed=1) == first
+    assert first == {"value": 6, "list": [1, 2], "array": [0, 1], "tensor": 0.5}
+    assert CALLS == [(3, 1)]
+    assert [(m["key"], m["stored"]) for m in run.log] == [("a/b", True)]
+
+
+def test_a_measurement_that_two_claims_share_is_logged_once(tmp_path, package):
+    run = run_in(tmp_path)
+    assert run.measure("k", double) == run.measure("k", double)
+    assert [m["stored"] for m in run.log] == [False]
+    assert CALLS == [(1, 0)]
+
+
+def test_other_settings_are_another_measurement(tmp_path, package):
+    run = run_in(tmp_path)
+    assert [run.measure("k", double, x=x)["value"] for x in (1, 2, 1)] == [2, 4, 2]
+    assert CALLS == [(1, 0), (2, 0)]
+
+
+def test_two_functions_under_one_key_are_not_confused(tmp_path, package):
+    run = run_in(tmp_path)
+    run.measure("k", double, x=1)
+    assert run.measure("k", fail_at, x=1) == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "measured_again"),
+    [
+        ("train.py", "def train(steps):\n    return {'loss': 2 / steps}\n", True),
+        ("train.py", "def train(steps):  # a comment\n\n    return {'loss':1/steps}\n", False),
+        ("new.py", "X = 1\n", True),
+        ("configs/tiny.yaml", "lr: 1\n", True),
+        ("claims.py", "def here():\n    return {'x': 2}\n", False),
+        ("__pycache__/x.pyc", "", False),
+    ],
+)
+def test_changed_code_is_measured_again(tmp_path, package, file, text, measured_again):
+    from toymethod.train import train
+
+    run_in(tmp_path).measure("k", train, steps=4)
+    (package / file).parent.mkdir(exist_ok=True)
+    (package / file).write_text(text)
+    fingerprint._digest.cache_clear()
+    run = run_in(tmp_path)
+    run.measure("k", train, steps=4)
+    assert run.log[0]["stored"] is not measured_again
+
+
+def test_a_function_in_claims_py_depends_on_claims_py(tmp_path, package):
+    from toymethod.claims import here
+
+    run_in(tmp_path).measure("k", here)
+    (package / "claims.py").write_text("def here():\n    return {'x': 2}\n")
+    fingerprint._digest.cache_clear()
+    run = run_in(tmp_path)
+    run.measure("k", here)
+    assert run.log[0]["stored"] is False
+
+
+def test_another_torch_is_measured_again(tmp_path, package, monkeypatch):
+    run_in(tmp_path).measure("k", double)
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    run_in(tmp_path).measure("k", double)
+    assert len(CALLS) == 2
+
+
+def test_a_function_whose_inputs_cannot_be_seen_is_refused(tmp_path, package):
+    x = 3
+    for fn in (lambda: {"x": x}, functools.partial(double, x=3), RunProgress().say, dict):
+        with pytest.raises(TypeError, match="top of a module"):
+            run_in(tmp_path).measure("k", fn)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"result": 1}', "[]", "null"])
+def test_a_damaged_file_is_measured_again(tmp_path, package, content):
+    run_in(tmp_path).measure("k", double)
+    (file,) = (tmp_path / "measurements").iterdir()
+    file.write_text(content)
+    assert run_in(tmp_path).measure("k", double)["value"] == 2
+    assert json.loads(file.read_text())["result"]["value"] == 2
+
+
+@pytest.mark.parametrize("key", ["", "../x", "a//b", "a b", "/etc/x", "a/.."])
+def test_bad_keys(tmp_path, package, key):
+    with pytest.raises(ValueError, match="key"):
+        run_in(tmp_path).measure(key, double)
+
+
+@pytest.mark.parametrize(("fn", "error"), [(diverge, ValueError), (text, TypeError), (opaque, TypeError)])
+def test_bad_results_name_the_measurement_and_leave_nothing(tmp_path, package, fn, error):
+    with pytest.raises(error, match="measurement 'k/l'"):
+        run_in(tmp_path).measure("k/l", fn)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_bad_settings_name_the_measurement(tmp_path, package):
+    with pytest.raises(TypeError, match="measurement 'k': settings"):
+        run_in(tmp_path).measure("k", double, x=object())
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, package):
+    run = run_in(tmp_path)
+    run.measure("k", fail_at, x=0)
+    run.measure("k", fail_at, x=1)
+    with pytest.raises(RuntimeError, match="luck"):
+        run.measure("k", fail_at, x=2)
+    assert len(list(tmp_path.rglob("k-*.json"))) == 2
+
+
+KILLED = """
+import runpy, sys, time
+from pathlib import Path
+files = runpy.run_path(sys.argv[2])
+def stall(self, target):
+    Path(sys.argv[1], "ready").touch()
+    time.sleep(60)
+Path.replace = stall
+files["write_atomically"](Path(sys.argv[1], "k.json"), "x" * 100_000)
+"""
+
+
+def test_killed_while_writing_leaves_the_old_file(tmp_path):
+    (tmp_path / "k.json").write_text("old")
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), files.__file__])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "k.json").read_text() == "old"
+
+
+def test_a_failed_write_leaves_no_temporary_file(tmp_path, monkeypatch):
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="space"):
+        files.write_atomically(tmp_path / "a" / "k.json", "x")
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, package):
+    console = Console(file=(tmp_path / "log").open("w+"), width=200)
+    for _ in range(2):
+        with RunProgress(console) as progress:
+            run = Run("toymethod", tmp_path / "m", progress=progress)
+            progress.begin("toy  losses")
+            run.plan(2)
+            run.measure("a", double, x=1)
+            run.measure("b", double, x=2)
+            progress.end()
+    console.file.seek(0)
+    assert console.file.read().splitlines() == [
+        "toy  losses  1/2  a: 0.0 s",
+        "toy  losses  2/2  b: 0.0 s",
+        "toy  losses  1/2  a: kept from before",
+        "toy  losses  2/2  b: kept from before",
+    ]
+
+
+def test_a_terminal_sees_the_count_and_the_time_left(tmp_path):
+    console = Console(file=(tmp_path / "log").open("w+"), width=160, force_terminal=True)
+    with RunProgress(console) as progress:
+        progress.begin("toy")
+        progress.plan(5)
+        progress.measured("stored", 500.0, stored=True)  # says nothing about how long the others take
+        progress.measured("fresh", 60.0, stored=False)
+        progress._bar.refresh()
+    console.file.seek(0)
+    shown = console.file.read()
+    assert "2/5" in shown
+    assert "about 3 min 0 s left" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (7500, "2 h 5 min"),
+    ],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,176 @@
+"""The rules of the workspace: what a distribution carries, who imports whom, imports that only import."""
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+WORKSPACE = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]["workspace"]
+
+
+class Member:
+    """One distribution of the workspace."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.pyproject = tomllib.loads((folder / "pyproject.toml").read_text())
+        self.project = self.pyproject["project"]
+        self.name = self.project["name"]
+        self.module = self.name.replace("tenfold-", "tenfold.", 1).replace("-", "_")
+        self.source = folder / "src" / self.module.replace(".", "/")
+        extras = self.project.get("optional-dependencies", {})
+        self.requirements = [
+            Requirement(r) for rs in (self.project["dependencies"], *extras.values()) for r in rs
+        ]
+
+    def imports(self) -> set[tuple[str, Path]]:
+        """Every (module, file) that the sources import, wherever it stands; relative imports stay inside."""
+        found = set()
+        for file in sorted(self.source.rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import):
+                    found |= {(alias.name, file) for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    found |= {(f"{node.module}.{alias.name}", file) for alias in node.names}
+        return found
+
+
+MEMBERS = [
+    Member(path.parent) for pattern in WORKSPACE["members"] for path in ROOT.glob(f"{pattern}/pyproject.toml")
+]
+VERSIONS = {member.name: Version(member.project["version"]) for member in MEMBERS}
+each_member = pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
+
+
+def test_the_folder_of_the_kernels_is_no_package():
+    """A package `kernels` on the path would hide the one of that name that transformers looks for."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@each_member
+def test_tenfold_is_a_namespace(member):
+    assert not (member.folder / "src" / "tenfold" / "__init__.py").exists()
+    assert [path.name for path in (member.folder / "src").iterdir()] == ["tenfold"]
+    assert [path.name for path in (member.folder / "src" / "tenfold").iterdir()] == [member.source.name]
+
+
+@each_member
+def test_a_distribution_carries_what_it_must(member):
+    assert (member.source / "__init__.py").exists()
+    assert (member.source / "py.typed").exists()
+    assert (member.folder / "README.md").read_text().startswith("# ")
+    assert (member.folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert b"Apache License" in (ROOT / "LICENSE").read_bytes()
+    assert "LICENSE" in member.project["license-files"]
+    assert member.pyproject["tool"]["uv"]["build-backend"]["module-name"] == member.module
+
+
+@each_member
+def test_ranges_of_siblings_are_bounded_and_hold_the_present_version(member):
+    """An unbounded range is published as it stands: the next breaking release breaks every old one."""
+    for requirement in member.requirements:
+        if requirement.name not in VERSIONS:
+            continue
+        assert {bound.operator for bound in requirement.specifier} == {">=", "<"}, requirement
+        assert VERSIONS[requirement.name] in requirement.specifier, requirement
+        assert member.pyproject["tool"]["uv"]["sources"][requirement.name] == {"workspace": True}
+
+
+@each_member
+def test_arrows_run_from_method_to_core_to_kernels(member):
+    layers = ["tenfold.kernels", "tenfold.core"]
+    below = layers[: layers.index(member.module)] if member.module in layers else layers
+    allowed = [member.module, *below]
+    upward = {
+        f"{file.relative_to(ROOT)}: {module}"
+        for module, file in member.imports()
+        if module.split(".")[0] == "tenfold" and ".".join(module.split(".")[:2]) not in allowed
+    }
+    assert not upward
+
+
+@each_member
+def test_every_import_is_a_declared_dependency(member):
+    """uv installs all members into one environment, where a missing dependency goes unnoticed."""
+    declared = {canonicalize_name(name) for name in (member.name, *(r.name for r in member.requirements))}
+    distributions = packages_distributions()
+    undeclared = {
+        f"{file.relative_to(ROOT)}: {module}"
+        for module, file in member.imports()
+        if module.split(".")[0] not in sys.stdlib_module_names | {"tenfold"}
+        and not declared & {canonicalize_name(name) for name in distributions.get(module.split(".")[0], ())}
+    }
+    siblings = {
+        ".".join(module.split(".")[:2]) for module, _ in member.imports() if module.startswith("tenfold.")
+    }
+    undeclared |= {
+        sibling for sibling in siblings if sibling.replace(".", "-").replace("_", "-") not in declared
+    }
+    assert not undeclared
+
+
+def test_kernels_import_torch_and_triton_alone():
+    [kernels] = [member for member in MEMBERS if member.name == "tenfold-kernels"]
+    assert {requirement.name for requirement in kernels.requirements} == {"torch", "triton"}
+
+
+PROBE = """
+import importlib, json, logging, os, random, signal, sys, threading
+import numpy, torch
+*others, module = sys.argv[1:]
+for other in others:
+    importlib.import_module(other)
+
+def state():
+    return {
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "seeds": (torch.initial_seed(), torch.get_rng_state().tolist(), hash(random.getstate()),
+                  hash(numpy.random.get_state()[1].tobytes())),
+        "defaults": (str(torch.get_default_dtype()), str(torch.get_default_device()), torch.is_grad_enabled(),
+                     torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()),
+        "cuda started": torch.cuda.is_initialized(),
+        "running threads": threading.active_count(),
+        "signal handlers": str([signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]),
+        "root logger": str((logging.root.level, logging.root.handlers)),
+        "environment": dict(os.environ),
+        "files": sorted(os.listdir()),
+    }
+
+before = state()
+importlib.import_module(module)
+after = state()
+registered = []
+if "transformers" in sys.modules:
+    from transformers import AttentionInterface
+    functions = AttentionInterface().items()
+    registered = [name for name, function in functions if function.__module__.startswith("tenfold")]
+print(json.dumps({
+    "changed": [name for name in before if before[name] != after[name]],
+    "registered": registered,
+    "modules": sorted(sys.modules),
+}))
+"""
+
+
+@each_member
+def test_importing_changes_nothing(member, tmp_path):
+    # Imported first, since these set environment variables and draw random numbers: theirs to answer for.
+    heavy = ["lightning", "transformers.models.llama.modeling_llama"]
+    others = [] if member.module == "tenfold.kernels" else heavy
+    command = [sys.executable, "-I", "-c", PROBE, *others, member.module]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    probe = json.loads(run.stdout)
+    assert probe["changed"] == []
+    assert probe["registered"] == []
+    if member.module == "tenfold.kernels":
+        assert not {"triton", "transformers", "lightning"} & set(probe["modules"])
