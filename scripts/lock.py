@@ -103,21 +103,15 @@ def pins(lock: str) -> dict[tuple[str, str], dict[str, str]]:
 
 def compare(committed: dict, fresh: dict) -> list[str]:
     """The differences, a line each. A wheel published later for a locked version is none."""
-    problems = [
-        f"locked, but no longer wanted: {name} {version}" for name, version in committed.keys() - fresh.keys()
-    ]
-    problems += [
-        f"wanted, but not locked: {name} {version}" for name, version in fresh.keys() - committed.keys()
-    ]
+    problems = [f"locked, but no longer wanted: {name} {version}" for name, version in committed.keys() - fresh.keys()]
+    problems += [f"wanted, but not locked: {name} {version}" for name, version in fresh.keys() - committed.keys()]
     for package in committed.keys() & fresh.keys():
         for filename, digest in committed[package].items():
             served = fresh[package].get(filename)
             if served is None:
                 problems.append(f"locked, but no longer served: {filename}")
             elif served != digest:
-                problems.append(
-                    f"another file under the same name: {filename}: locked {digest}, served {served}"
-                )
+                problems.append(f"another file under the same name: {filename}: locked {digest}, served {served}")
     return sorted(problems)
 
 
@@ -136,12 +130,8 @@ def main() -> None:
         description=f"{__doc__.splitlines()[0]} Without an option: strip uv.lock in the work tree.",
     )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--filter", action="store_true", help="standard input to standard output: git's clean filter"
-    )
-    mode.add_argument(
-        "--check", action="store_true", help="compare with a fresh resolution; exit 1 on a difference"
-    )
+    mode.add_argument("--filter", action="store_true", help="standard input to standard output: git's clean filter")
+    mode.add_argument("--check", action="store_true", help="compare with a fresh resolution; exit 1 on a difference")
     arguments = parser.parse_args()
     if arguments.filter:
         sys.stdout.write(strip(sys.stdin.read()))

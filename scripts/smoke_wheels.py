@@ -74,9 +74,7 @@ def inspect(wheel: Path) -> list[str]:
     info = path.split("/")[0]
     package = distribution(wheel).replace("-", "/", 1).replace("-", "_")
     problems = [
-        f"{file} is missing"
-        for file in (f"{package}/py.typed", f"{info}/licenses/LICENSE")
-        if file not in files
+        f"{file} is missing" for file in (f"{package}/py.typed", f"{info}/licenses/LICENSE") if file not in files
     ]
     problems += [f"installs {file}" for file in files if not within(file, f"{package}/", f"{info}/")]
     if not metadata.get_payload().strip():
@@ -86,20 +84,17 @@ def inspect(wheel: Path) -> list[str]:
             problems.append("requires `kernels`, which is another project's package")
         if requirement.url:
             problems.append(f"requires {requirement}: an address where a range belongs")
-        if requirement.name.startswith("tenfold-") and {
-            bound.operator for bound in requirement.specifier
-        } != {">=", "<"}:
-            problems.append(
-                f"requires {requirement}: the range of a sibling needs a lower and an upper bound"
-            )
+        if requirement.name.startswith("tenfold-") and {bound.operator for bound in requirement.specifier} != {
+            ">=",
+            "<",
+        }:
+            problems.append(f"requires {requirement}: the range of a sibling needs a lower and an upper bound")
     return problems
 
 
 def within(file: str, *folders: str) -> bool:
     """Whether a file, or a folder's own entry in the archive, belongs to one of `folders`."""
-    return file.startswith(folders) or (
-        file.endswith("/") and any(folder.startswith(file) for folder in folders)
-    )
+    return file.startswith(folders) or (file.endswith("/") and any(folder.startswith(file) for folder in folders))
 
 
 def distribution(wheel: Path) -> str:
@@ -130,9 +125,7 @@ def uv(*arguments: str) -> None:
 def main() -> None:
     """Inspect and use every wheel of the folder; exit 1 when one fails, after all were tried."""
     parser = argparse.ArgumentParser(prog="smoke_wheels.py", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "folder", type=Path, help="holds the wheels of all packages, as `uv build` leaves them"
-    )
+    parser.add_argument("folder", type=Path, help="holds the wheels of all packages, as `uv build` leaves them")
     parser.add_argument(
         "--resolution",
         choices=["highest", "lowest-direct"],

@@ -70,9 +70,7 @@ def main() -> None:
     for f in peers.values():
         for ours, theirs in zip(training(f), truth, strict=True):
             tolerance = {} if options["dtype"] == torch.float32 else {"rtol": 0.05, "atol": 0.05}
-            torch.testing.assert_close(
-                ours.float(), theirs.float(), **tolerance or {"rtol": 1e-4, "atol": 1e-5}
-            )
+            torch.testing.assert_close(ours.float(), theirs.float(), **tolerance or {"rtol": 1e-4, "atol": 1e-5})
     del truth
 
     print(

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from tenfold.core.claims import ReproduceError
 from tenfold.core.cli import main
 from tenfold.core.training import load_checkpoint
 
@@ -215,6 +217,23 @@ def refused(arguments, words, capsys):
     for word in words:
         assert word in err
     assert not list(Path().glob("runs/**/*.*")), "nothing half written"
+
+
+def test_reproduce(monkeypatch, capsys):
+    calls = []
+    outcomes = {0: None, 1: ReproduceError("not all"), 2: ValueError("output: no"), 143: SIGTERMException()}
+
+    def reproduce(methods, **options):
+        calls.append(([method.name for method in methods], options))
+        if outcome := outcomes[expected]:
+            raise outcome
+
+    monkeypatch.setattr("tenfold.core.claims.reproduce", reproduce)
+    for expected in outcomes:
+        assert main(["reproduce", "toy", "--quick", "--seeds", "4", "--output", "there"]) == expected
+        assert capsys.readouterr().err.count("\n") == (expected in (1, 2))
+    assert calls[0] == (["toy"], {"budget": "quick", "seeds": 4, "output": Path("there")})
+    assert len(calls) == 4
 
 
 def test_debug_shows_where_it_came_from(monkeypatch):

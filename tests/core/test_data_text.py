@@ -77,9 +77,7 @@ def test_split_follows_the_documents_own_text(tmp_path, path):
 
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(["Another one.", *DOCUMENTS[:150][::-1]]), encoding="utf-8")
-    assert set(Corpus(other, val_fraction=0.2).documents("val")) & set(DOCUMENTS) == val & set(
-        DOCUMENTS[:150]
-    )
+    assert set(Corpus(other, val_fraction=0.2).documents("val")) & set(DOCUMENTS) == val & set(DOCUMENTS[:150])
     assert set(Corpus(path, val_fraction=0.1).documents("val")) < val
 
 
@@ -135,9 +133,7 @@ def test_validation_is_the_same_for_every_seed(path):
 
 
 def test_padding_makes_shares_equal_without_repeating():
-    windows = Windows(
-        np.arange(1, 23, dtype=np.uint16), length=4, bytes_per_token=torch.ones(30, dtype=torch.int64)
-    )
+    windows = Windows(np.arange(1, 23, dtype=np.uint16), length=4, bytes_per_token=torch.ones(30, dtype=torch.int64))
     padded = Padded(windows, multiple=3, separator=0)
     assert len(windows) == 5
     assert [row["bytes"].item() for row in padded] == [4, 4, 4, 4, 4, 0]
@@ -194,9 +190,7 @@ def test_an_empty_folder_is_an_error(tmp_path):
         Corpus(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"val_fraction": 0.0}, {"val_fraction": 1.5}, {"length": 1}, {"batch_size": 0}]
-)
+@pytest.mark.parametrize("arguments", [{"val_fraction": 0.0}, {"val_fraction": 1.5}, {"length": 1}, {"batch_size": 0}])
 def test_arguments_out_of_range_are_named(path, arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         TextDataModule(str(path), **arguments)

@@ -71,9 +71,7 @@ def test_training_is_the_same_in_every_process(corpus, tmp_path):
         "TOKENIZERS_PARALLELISM": "false",
     }
     command = [sys.executable, "-c", code, str(tmp_path / "text.txt")]
-    there = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    there = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
     assert here == there
 
 
@@ -109,9 +107,7 @@ def test_a_users_tokenizer_is_used(tmp_path, trained):
     )
     data.setup()
     assert data.tokenizer.fingerprint == trained.fingerprint
-    small = TextDataModule(
-        str(tmp_path / "text.txt"), vocab_size=319, tokenizer=str(tmp_path / "tokenizer.json")
-    )
+    small = TextDataModule(str(tmp_path / "text.txt"), vocab_size=319, tokenizer=str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="vocab_size: 319 is less than the tokenizer's 320 tokens"):
         small.setup()
 

@@ -29,9 +29,7 @@ def one_thread(monkeypatch):
 def data(tmp_path, monkeypatch):
     monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text(TEXT)
-    return TextDataModule(
-        str(tmp_path / "text.txt"), length=16, batch_size=8, vocab_size=300, val_fraction=0.1
-    )
+    return TextDataModule(str(tmp_path / "text.txt"), length=16, batch_size=8, vocab_size=300, val_fraction=0.1)
 
 
 def trainer(**arguments):
@@ -58,9 +56,7 @@ def test_loss_and_gradients_are_transformers_own(arguments):
     tokens = torch.randint(300, (3, 17))
     ours = -module(tokens).mean()
     targets = tokens[:, 1:].contiguous()
-    theirs = module.lm(
-        input_ids=tokens[:, :-1], labels=targets, shift_labels=targets
-    ).loss  # it computes in float32
+    theirs = module.lm(input_ids=tokens[:, :-1], labels=targets, shift_labels=targets).loss  # it computes in float32
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
 
     parameters = list(module.parameters())
@@ -185,6 +181,4 @@ def test_llama_config_says_what_was_asked():
 
 def test_module_is_described_by_plain_values():
     assert issubclass(CausalLM, LightningModule)
-    assert all(
-        isinstance(v, int | float | str | bool | tuple | None) for v in CausalLM(**SIZES).hparams.values()
-    )
+    assert all(isinstance(v, int | float | str | bool | tuple | None) for v in CausalLM(**SIZES).hparams.values())

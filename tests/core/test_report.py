@@ -202,9 +202,7 @@ def test_json_holds_what_ran(report):
     data = json.loads((report / "claims.json").read_text(), parse_constant=pytest.fail)
     assert data["seeds"] == [0, 1, 2, 3]
     assert data["budget"] == "default"
-    assert {"torch", "lightning", "tenfold-core", "tenfold-cog-attention"} <= set(
-        data["environment"]["versions"]
-    )
+    assert {"torch", "lightning", "tenfold-core", "tenfold-cog-attention"} <= set(data["environment"]["versions"])
     toy, other = data["methods"]
     assert [c["name"] for c in toy["claims"]] == ["loss-1", "loss-2", "near"]
     assert [c["verdict"] for c in toy["claims"]] == ["holds", "does not hold", "undecided"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from tenfold.core.training import (
@@ -29,7 +29,7 @@ def toy(monkeypatch):
     return toy_method
 
 
-def train(toy, folder, *, seed=0, dropout=0.2, shuffle=True, resume=False, **arguments):
+def train(toy, folder, *, seed=0, dropout=0.2, shuffle=True, resume=False, callbacks=(), **arguments):
     """Final weights and optimizer state of 2 epochs of 10 batches, or of what the arguments say."""
     seed_everything(seed, verbose=False)
     last = LastCheckpoint(folder)
@@ -38,7 +38,7 @@ def train(toy, folder, *, seed=0, dropout=0.2, shuffle=True, resume=False, **arg
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[RandomState(), last],
+        callbacks=[RandomState(), last, *callbacks],
         plugins=[AtomicCheckpointIO()],
         **({"max_epochs": 2, "log_every_n_steps": 1} | arguments),
     )
@@ -87,6 +87,18 @@ def test_a_finished_run_can_be_continued(toy, tmp_path, unit):
     whole = train(toy, tmp_path / "whole", **{unit: long})
     train(toy, tmp_path / "cut", **{unit: short})
     assert_same(train(toy, tmp_path / "cut", seed=7, resume=True, **{unit: long}), whole)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_was_stopped_early_can_be_continued(toy, tmp_path):
+    class Stop(Callback):  # as max_time does
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 14
+
+    whole = train(toy, tmp_path / "whole")
+    train(toy, tmp_path / "cut", callbacks=[Stop()])
+    assert load_checkpoint(tmp_path / "cut" / "last.ckpt")["global_step"] == 14
+    assert_same(train(toy, tmp_path / "cut", seed=7, resume=True), whole)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -257,6 +257,15 @@ def test_fit_is_deterministic_and_leaves_the_random_states_alone(capfd, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_fit_can_be_interrupted():
+    class Interrupt(Callback):
+        def on_train_batch_end(self, *_):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # which Lightning turns into exit status 1
+        fit(Line(), Points(), steps=3, seed=0, callbacks=[Interrupt()])
+
+
 def test_fit_refuses_no_steps():
     with pytest.raises(ValueError, match="steps: must be at least 1, got 0"):
         fit(Line(), Points(), steps=0, seed=0)

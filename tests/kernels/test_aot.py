@@ -18,11 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 HALF, FULL = torch.bfloat16, torch.float32
 CASES = [
-    *(
-        (chip, HALF, dim, "causal")
-        for chip in ("sm_80", "sm_90", "sm_100", "gfx942")
-        for dim in (64, 128, 256)
-    ),
+    *((chip, HALF, dim, "causal") for chip in ("sm_80", "sm_90", "sm_100", "gfx942") for dim in (64, 128, 256)),
     *(("sm_86", HALF, dim, "causal") for dim in (128, 256)),
     *((chip, HALF, 128, "mask") for chip in ("sm_80", "sm_90", "gfx942")),
     *(("sm_90", FULL, dim, "causal") for dim in (64, 128, 256)),
@@ -52,8 +48,7 @@ def compiling():
     """All that is to be compiled, on its way: the compilers let go of the GIL, so threads use every core."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
-            case: [pool.submit(compile_launch, launch, target=case[0]) for launch in launches(*case)]
-            for case in CASES
+            case: [pool.submit(compile_launch, launch, target=case[0]) for launch in launches(*case)] for case in CASES
         }
 
 

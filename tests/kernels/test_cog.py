@@ -136,9 +136,7 @@ def test_two_softmax_passes_make_the_same(backend):
         def half(score, b, h, i, j, sign=sign):
             return torch.where((score * sign >= 0) & (j <= i), score * sign, -torch.inf)
 
-        out, aux = flex_attention(
-            query, key, value, score_mod=half, scale=0.3, return_aux=AuxRequest(lse=True)
-        )
+        out, aux = flex_attention(query, key, value, score_mod=half, scale=0.3, return_aux=AuxRequest(lse=True))
         halves.append((out.nan_to_num(), aux.lse[..., None]))  # a row may have no score of that sign
     (plus, up), (minus, down) = halves
     # A score of 0 is in both halves, where it cancels; it counts once in the denominator.

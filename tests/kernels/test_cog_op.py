@@ -115,9 +115,7 @@ def test_a_second_derivative_is_refused_not_wrong():
 def test_memory_grows_with_the_length_not_its_square():
     def peaks(time):
         query, key, value = (x.requires_grad_() for x in cog_inputs(1, 1, time, time, 64).values())
-        forward = peak_memory(
-            lambda: cog_attention(query.detach(), key.detach(), value.detach(), causal=True)
-        )
+        forward = peak_memory(lambda: cog_attention(query.detach(), key.detach(), value.detach(), causal=True))
         return forward, peak_memory(lambda: cog_attention(query, key, value, causal=True).sum().backward())
 
     tensor = 64 * 4  # bytes per token of a query, say

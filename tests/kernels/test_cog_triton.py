@@ -207,9 +207,7 @@ def test_decoding_continues_the_full_causal_pass(device):
 
 
 def test_too_wide_heads_are_refused(device):
-    with pytest.raises(
-        ValueError, match="query: the triton backend takes a last dimension up to 256, got 257"
-    ):
+    with pytest.raises(ValueError, match="query: the triton backend takes a last dimension up to 256, got 257"):
         triton(**cog_inputs(1, 1, 2, 2, 257, device=device))
 
 

@@ -229,9 +229,7 @@ def test_gradcheck(backend):
     tensors = logprob_inputs(5, 7, 3, bias=True, ignored=0.3, dtype=torch.float64)
     hidden, weight, bias = (tensors[name].requires_grad_() for name in GRADS)
     target = tensors["target"]
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: linear_logprob(h, w, target, bias=b), (hidden, weight, bias)
-    )
+    assert torch.autograd.gradcheck(lambda h, w, b: linear_logprob(h, w, target, bias=b), (hidden, weight, bias))
 
 
 @pytest.mark.parametrize("rows", [0, 9])
@@ -258,9 +256,7 @@ def test_it_compiles_whole():
         compiled = loss(**tensors)
         plain = -reference(**tensors | {"hidden": tensors["hidden"] * 2}).mean()
         torch.testing.assert_close(compiled, plain)
-        for a, b in zip(
-            torch.autograd.grad(compiled, leaves), torch.autograd.grad(plain, leaves), strict=True
-        ):
+        for a, b in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(plain, leaves), strict=True):
             torch.testing.assert_close(a, b)
 
 

@@ -20,9 +20,7 @@ def launches(monkeypatch, chip, dtype, precision, *, bias=False, dim=512):
 
     monkeypatch.setattr(kernels, "_architecture", lambda x: chip)
     monkeypatch.setattr(kernels, "_precision", lambda: precision)
-    monkeypatch.setattr(
-        kernels, "_multiply", lambda a, b, out: None
-    )  # cuBLAS's part: a CPU has no mixed product
+    monkeypatch.setattr(kernels, "_multiply", lambda a, b, out: None)  # cuBLAS's part: a CPU has no mixed product
     hidden, weight = torch.zeros(300, dim, dtype=dtype), torch.zeros(1000, dim, dtype=dtype)
     target, offset = torch.zeros(300, dtype=torch.int64), torch.zeros(1000, dtype=dtype) if bias else None
     with recorded_launches() as recorded:

@@ -120,11 +120,7 @@ def test_a_bias_of_minus_infinity_rules_tokens_out(device):
     tensors["target"] = 130 + tensors["target"] % 70
     tensors["bias"][:130] = -torch.inf  # whole tiles of the vocabulary
     logp, dhidden, dweight, dbias = output_and_gradients(tensors)
-    few = (
-        tensors
-        | {name: tensors[name][130:] for name in ("weight", "bias")}
-        | {"target": tensors["target"] - 130}
-    )
+    few = tensors | {name: tensors[name][130:] for name in ("weight", "bias")} | {"target": tensors["target"] - 130}
     expected = output_and_gradients(few)
     for a, b in zip((logp, dhidden, dweight[130:], dbias[130:]), expected, strict=True):
         torch.testing.assert_close(a, b)

@@ -28,9 +28,7 @@ class Member:
         self.module = self.name.replace("tenfold-", "tenfold.", 1).replace("-", "_")
         self.source = folder / "src" / self.module.replace(".", "/")
         extras = self.project.get("optional-dependencies", {})
-        self.requirements = [
-            Requirement(r) for rs in (self.project["dependencies"], *extras.values()) for r in rs
-        ]
+        self.requirements = [Requirement(r) for rs in (self.project["dependencies"], *extras.values()) for r in rs]
 
     def imports(self) -> set[tuple[str, Path]]:
         """Every (module, file) that the sources import, wherever it stands; relative imports stay inside."""
@@ -44,9 +42,7 @@ class Member:
         return found
 
 
-MEMBERS = [
-    Member(path.parent) for pattern in WORKSPACE["members"] for path in ROOT.glob(f"{pattern}/pyproject.toml")
-]
+MEMBERS = [Member(path.parent) for pattern in WORKSPACE["members"] for path in ROOT.glob(f"{pattern}/pyproject.toml")]
 VERSIONS = {member.name: Version(member.project["version"]) for member in MEMBERS}
 each_member = pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
 
@@ -109,12 +105,8 @@ def test_every_import_is_a_declared_dependency(member):
         if module.split(".")[0] not in sys.stdlib_module_names | {"tenfold"}
         and not declared & {canonicalize_name(name) for name in distributions.get(module.split(".")[0], ())}
     }
-    siblings = {
-        ".".join(module.split(".")[:2]) for module, _ in member.imports() if module.startswith("tenfold.")
-    }
-    undeclared |= {
-        sibling for sibling in siblings if sibling.replace(".", "-").replace("_", "-") not in declared
-    }
+    siblings = {".".join(module.split(".")[:2]) for module, _ in member.imports() if module.startswith("tenfold.")}
+    undeclared |= {sibling for sibling in siblings if sibling.replace(".", "-").replace("_", "-") not in declared}
     assert not undeclared
 
 

@@ -118,9 +118,7 @@ def test_a_different_resolution_is_reported(change, problem):
 
 
 def test_a_wheel_published_later_is_no_difference():
-    later = STRIPPED.replace(
-        "\n]\n", '\n    { filename = "numpy-2.4.6-cp315-none.whl", hash = "sha256:ee" },\n]\n', 1
-    )
+    later = STRIPPED.replace("\n]\n", '\n    { filename = "numpy-2.4.6-cp315-none.whl", hash = "sha256:ee" },\n]\n', 1)
     assert lock.compare(lock.pins(STRIPPED), lock.pins(later)) == []
     assert lock.pins(later) != lock.pins(STRIPPED)
 

@@ -18,9 +18,7 @@ def tracked_files() -> dict[str, bytes]:
     """The content of every file that git would commit, by path."""
 
     def git(*arguments: str, **options) -> bytes:
-        return subprocess.run(
-            ["git", *arguments], cwd=ROOT, check=True, capture_output=True, **options
-        ).stdout
+        return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, **options).stdout
 
     stages = [entry.split(b"\t") for entry in git("ls-files", "--stage", "-z").split(b"\0") if entry]
     blobs = {path.decode(): stage.split()[1] for stage, path in stages}
@@ -33,9 +31,7 @@ def tracked_files() -> dict[str, bytes]:
     return files
 
 
-@pytest.mark.skipif(
-    not (ROOT / ".git").exists(), reason="not a git checkout: there are no tracked files to read"
-)
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout: there are no tracked files to read")
 def test_tracked_files_hold_no_leak():
     found = [
         f"{path}:{number}: {kind}: {line.strip()[:120]}"

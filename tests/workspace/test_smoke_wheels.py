@@ -63,7 +63,5 @@ def test_a_fault_is_named(tmp_path, changes, problem):
 
 def test_every_package_is_tried():
     projects = [ROOT / "kernels", *(ROOT / "packages").iterdir()]
-    names = {
-        tomllib.loads((project / "pyproject.toml").read_text())["project"]["name"] for project in projects
-    }
+    names = {tomllib.loads((project / "pyproject.toml").read_text())["project"]["name"] for project in projects}
     assert names == set(smoke_wheels.USES)

@@ -69,9 +69,7 @@ def cog_attention(
     if backend == "reference":  # plain torch, with torch's own autograd
         return reference.cog_attention(query, key, value, causal=causal, mask=mask, scale=scale)
     if backend == "triton" and query.dtype == torch.float64:
-        raise TypeError(
-            "query: float64 is not supported by the triton backend; use_backend('reference') takes it"
-        )
+        raise TypeError("query: float64 is not supported by the triton backend; use_backend('reference') takes it")
     return _forward(query, key, value, mask, causal, scale, backend)[0]
 
 
@@ -140,9 +138,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
         if x.dim() != 4:
             raise ValueError(f"{name}: expected (batch, heads, time, dim), got shape {tuple(x.shape)}")
         if x.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name}: dtype {x.dtype} is not supported; accepted: {', '.join(map(str, _DTYPES))}"
-            )
+            raise TypeError(f"{name}: dtype {x.dtype} is not supported; accepted: {', '.join(map(str, _DTYPES))}")
         if x.dtype != query.dtype:
             raise TypeError(f"{name}: dtype {x.dtype} differs from query's {query.dtype}")
         if x.device != query.device:
@@ -150,9 +146,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
     B, Hq, Tq, D = query.shape
     Hkv, Tk = key.shape[1:3]
     if key.shape != (B, Hkv, Tk, D):
-        raise ValueError(
-            f"key: expected ({B}, heads, time, {D}) to go with query, got shape {tuple(key.shape)}"
-        )
+        raise ValueError(f"key: expected ({B}, heads, time, {D}) to go with query, got shape {tuple(key.shape)}")
     if value.shape != key.shape:
         raise ValueError(f"value: expected key's shape {tuple(key.shape)}, got {tuple(value.shape)}")
     if D == 0:
@@ -165,7 +159,5 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
         raise TypeError(f"mask: expected a bool tensor, True = attend, got {mask.dtype}")
     if mask.device != query.device:
         raise ValueError(f"mask: is on {mask.device}, query on {query.device}")
-    if mask.dim() > 4 or any(
-        m not in (1, n) for m, n in zip(mask.shape[::-1], (Tk, Tq, Hq, B), strict=False)
-    ):
+    if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], (Tk, Tq, Hq, B), strict=False)):
         raise ValueError(f"mask: shape {tuple(mask.shape)} does not broadcast to {(B, Hq, Tq, Tk)}")

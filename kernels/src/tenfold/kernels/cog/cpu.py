@@ -34,9 +34,7 @@ class Tile(NamedTuple):
 
 
 @torch.autocast("cpu", enabled=False)  # the op has cast its inputs; the products here stay in float32
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> Tensor:
+def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """The output `(B, Hq, Tq, D)`."""
     result = torch.zeros(query.shape, dtype=query.dtype)
     q, out = _grouped(query, key), _grouped(result, key)

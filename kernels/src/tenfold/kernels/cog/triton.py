@@ -90,9 +90,7 @@ def forward(
         ValueError: D is over 256.
     """
     if query.shape[-1] > MAX_DIM:
-        raise ValueError(
-            f"query: the triton backend takes a last dimension up to {MAX_DIM}, got {query.shape[-1]}"
-        )
+        raise ValueError(f"query: the triton backend takes a last dimension up to {MAX_DIM}, got {query.shape[-1]}")
     q, k, v = (_readable(x) for x in (query, key, value))
     B, Hq, Tq, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -139,13 +137,9 @@ def backward(
     return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
 
 
-def tiles(
-    kernel: str, dtype: torch.dtype, dim: int, architecture: str, precision: str
-) -> tuple[int, int, int, int]:
+def tiles(kernel: str, dtype: torch.dtype, dim: int, architecture: str, precision: str) -> tuple[int, int, int, int]:
     """Query rows and keys of a tile, warps of a program, and stages of its pipeline of loads."""
-    chip = (
-        "gfx942" if architecture.startswith("gfx") else "sm_100" if architecture == "sm_103" else architecture
-    )
+    chip = "gfx942" if architecture.startswith("gfx") else "sm_100" if architecture == "sm_103" else architecture
     if architecture == "interpreter":  # which takes its time by the operation, however large
         chip, dtype = "sm_90", torch.bfloat16
     if (chip, 64) not in _HALF_TILES:
@@ -260,18 +254,14 @@ def _forward_tiles(
         k = _load(k_ptr, stride_kt, Tk - start, HIDING, BLOCK_N, D, BLOCK_D)
         v = _load(v_ptr, stride_vt, Tk - start, HIDING, BLOCK_N, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        if (
-            HIDING
-        ):  # who attends a value that is not finite gets its NaN from the weight, and no one from the value
+        if HIDING:  # who attends a value that is not finite gets its NaN from the weight, and no one from the value
             finite = _finite(v)
             scores = tl.where(finite[None, :], scores, float("nan"))
             v = tl.where(finite[:, None], v, 0.0)
         magnitude = tl.abs(scores)
         if HIDING:
             keys = start + tl.arange(0, BLOCK_N)
-            attended = _attended(
-                rows[:, None], keys[None, :], mask_ptr, stride_mq, stride_mk, Tq, Tk, CAUSAL, MASK
-            )
+            attended = _attended(rows[:, None], keys[None, :], mask_ptr, stride_mq, stride_mk, Tq, Tk, CAUSAL, MASK)
             magnitude = tl.where(attended, magnitude, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(magnitude, 1))
         shrink = tl.exp2(peak - new_peak)
@@ -346,9 +336,7 @@ def _dq_tiles(
         exponent = tl.abs(scores) - lse[:, None]
         if HIDING:
             keys = start + tl.arange(0, BLOCK_N)
-            attended = _attended(
-                rows[:, None], keys[None, :], mask_ptr, stride_mq, stride_mk, Tq, Tk, CAUSAL, MASK
-            )
+            attended = _attended(rows[:, None], keys[None, :], mask_ptr, stride_mq, stride_mk, Tq, Tk, CAUSAL, MASK)
             exponent = tl.where(attended, exponent, -float("inf"))
         weights = _weights(exponent, scores)
         dscores = weights * (_times_sign(dweights, weights) - delta[:, None])
@@ -374,9 +362,7 @@ def _dkdv_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Tk, BLOCK_N)
-    first = (
-        tl.program_id(0) % blocks * BLOCK_N
-    )  # under `causal`, the first keys have the most rows: start with them
+    first = tl.program_id(0) % blocks * BLOCK_N  # under `causal`, the first keys have the most rows: start with them
     pair = tl.program_id(0) // blocks
     Hkv = Hq // group
     b, h = (pair // Hkv).to(tl.int64), (pair % Hkv).to(tl.int64)
@@ -442,9 +428,7 @@ def _dkdv_tiles(
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
         exponent = tl.abs(scores) - lse[None, :]
         if HIDING:
-            attended = _attended(
-                rows[None, :], keys[:, None], mask_ptr, stride_mq, stride_mk, Tq, Tk, CAUSAL, MASK
-            )
+            attended = _attended(rows[None, :], keys[:, None], mask_ptr, stride_mq, stride_mk, Tq, Tk, CAUSAL, MASK)
             exponent = tl.where(attended, exponent, -float("inf"))
         weights = _weights(exponent, scores)
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -518,9 +502,7 @@ def _finite(x):
 
 
 @triton.jit
-def _load(
-    ptr, stride, rows_left, CHECK: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _load(ptr, stride, rows_left, CHECK: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """A tile of vectors from `ptr` on, with zeros beyond column D and, if CHECK, from row `rows_left` on."""
     rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
     pointers = ptr + rows * stride + columns

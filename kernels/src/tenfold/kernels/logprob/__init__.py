@@ -60,9 +60,7 @@ def linear_logprob(
             _check_range(targets, len(weight), ignore_index)
         logp = reference.linear_logprob(rows, weight, targets, bias, ignore_index)
     elif backend == "triton" and hidden.dtype == torch.float64:
-        raise TypeError(
-            "hidden: float64 is not supported by the triton backend; use_backend('reference') takes it"
-        )
+        raise TypeError("hidden: float64 is not supported by the triton backend; use_backend('reference') takes it")
     else:
         logp, _ = _forward(rows, weight, targets, bias, ignore_index, backend)
     return logp.reshape(target.shape)
@@ -78,17 +76,13 @@ def _forward(
         return cpu.forward(hidden, weight, target, bias, ignore_index)
     from . import triton
 
-    return triton.forward(hidden, weight, target, bias, ignore_index), hidden.new_empty(
-        2, 0, dtype=torch.float32
-    )
+    return triton.forward(hidden, weight, target, bias, ignore_index), hidden.new_empty(2, 0, dtype=torch.float32)
 
 
 @_forward.register_fake
 def _(hidden, weight, target, bias, ignore_index, backend):
     wide, rows = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
-    return hidden.new_empty(rows, dtype=wide), hidden.new_empty(
-        2, rows if backend == "cpu" else 0, dtype=wide
-    )
+    return hidden.new_empty(rows, dtype=wide), hidden.new_empty(2, rows if backend == "cpu" else 0, dtype=wide)
 
 
 @torch.library.custom_op("tenfold::linear_logprob_backward", mutates_args=())
@@ -141,9 +135,7 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) 
     floats = [("hidden", hidden), ("weight", weight)] + ([] if bias is None else [("bias", bias)])
     for name, x in floats:
         if x.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name}: dtype {x.dtype} is not supported; accepted: {', '.join(map(str, _DTYPES))}"
-            )
+            raise TypeError(f"{name}: dtype {x.dtype} is not supported; accepted: {', '.join(map(str, _DTYPES))}")
         if x.dtype != hidden.dtype:
             raise TypeError(f"{name}: dtype {x.dtype} differs from hidden's {hidden.dtype}")
     if target.dtype != torch.int64:
@@ -155,9 +147,7 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) 
         raise ValueError(f"hidden: expected (..., dim) with dim at least 1, got shape {tuple(hidden.shape)}")
     D = hidden.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != D or weight.shape[0] == 0:
-        raise ValueError(
-            f"weight: expected (vocabulary, {D}) to go with hidden, got shape {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight: expected (vocabulary, {D}) to go with hidden, got shape {tuple(weight.shape)}")
     if target.shape != hidden.shape[:-1]:
         expected = tuple(hidden.shape[:-1])
         raise ValueError(f"target: expected {expected} to go with hidden, got shape {tuple(target.shape)}")

@@ -5,9 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def linear_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int
-) -> Tensor:
+def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int) -> Tensor:
     """`log_softmax(hidden @ weightᵀ + bias)` at each row's target; 0 where that is `ignore_index`."""
     ignored = target == ignore_index
     hidden = hidden.masked_fill(ignored[:, None], 0.0)  # else its NaN reaches the gradient of weight as 0·NaN

@@ -77,16 +77,12 @@ def compile_ahead(
     _check_kernel(kernel)
     names = [*kernel.arg_names]
     if unknown := ({*signature, *constexprs, *divisible} - {*names}):
-        raise ValueError(
-            f"{kernel.__name__}: has no arguments {', '.join(sorted(unknown))}; it has {', '.join(names)}"
-        )
+        raise ValueError(f"{kernel.__name__}: has no arguments {', '.join(sorted(unknown))}; it has {', '.join(names)}")
     if missing := [name for name in names if name not in signature and name not in constexprs]:
         raise ValueError(f"{kernel.__name__}: neither signature nor constexprs has {', '.join(missing)}")
     full = {name: "constexpr" if name in constexprs else signature[name] for name in names}
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    return _compile(
-        kernel, full, constexprs, hints, target, {"num_warps": num_warps, "num_stages": num_stages}
-    )
+    return _compile(kernel, full, constexprs, hints, target, {"num_warps": num_warps, "num_stages": num_stages})
 
 
 def compile_launch(launch: Launch, *, target: str) -> Compiled:
@@ -103,9 +99,7 @@ def compile_launch(launch: Launch, *, target: str) -> Compiled:
     backend = make_backend(_gpu_target(target))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*args, **kwargs, debug=False)
-    options, signature, constexprs, hints = kernel._pack_args(
-        backend, options, bound, specialization, options
-    )
+    options, signature, constexprs, hints = kernel._pack_args(backend, options, bound, specialization, options)
     return _compile(kernel, signature, constexprs, hints, target, options.__dict__)
 
 

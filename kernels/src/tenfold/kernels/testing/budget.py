@@ -38,9 +38,7 @@ def assert_within_budget(ours: Tensor, low: Tensor, high: Tensor, *, name: str =
         (f"{name}, high", high),
     ):
         if not x.isfinite().all():
-            raise AssertionError(
-                f"{which}: {int((~x.isfinite()).sum())} of {x.numel()} values are not finite"
-            )
+            raise AssertionError(f"{which}: {int((~x.isfinite()).sum())} of {x.numel()} values are not finite")
 
     error = (ours_wide - high).abs()
     budget = 2 * ((low - high).abs().max() + torch.finfo(ours.dtype).eps * high.abs().max())

@@ -109,5 +109,7 @@ def _boolean(mask: Tensor | None) -> Tensor | None:
         return mask
     attend = mask == 0
     if not bool((attend | (mask <= -1e4)).all()):
-        raise ValueError("attention_mask: a float mask must hold 0 (attend) or the dtype's minimum; Cog takes no biases")
+        raise ValueError(
+            "attention_mask: a float mask must hold 0 (attend) or the dtype's minimum; Cog takes no biases"
+        )
     return attend

@@ -9,20 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tenfold.kernels import linear_logprob
 
-try:
-    from .training.schedules import warmup_cosine
-except ImportError:  # TODO until training lands
-
-    def warmup_cosine(optimizer, *, warmup_steps, total_steps, min_ratio):
-        """Until training lands."""
-
-        def scale(step):
-            if step < warmup_steps:
-                return (step + 1) / warmup_steps
-            x = min(1, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-            return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * x))
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+from .training.schedules import warmup_cosine
 
 
 def llama_config(

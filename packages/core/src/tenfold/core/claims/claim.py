@@ -29,9 +29,7 @@ class Interval:
         """The mean with two digits of uncertainty: `-0.0289 [-0.0403, -0.0175]`."""
         if self.n == 1:
             return f"{self.mean:.4g} (one seed)"
-        return "{} [{}, {}]".format(
-            *(format_number(x, self.high - self.low) for x in (self.mean, self.low, self.high))
-        )
+        return "{} [{}, {}]".format(*(format_number(x, self.high - self.low) for x in (self.mean, self.low, self.high)))
 
 
 def t_interval(values: Sequence[float]) -> Interval:
@@ -63,9 +61,7 @@ class Criterion:
 
     def __post_init__(self):
         if math.isnan(self.low) or math.isnan(self.high) or not self.low < self.high:
-            raise ValueError(
-                f"criterion: expected finite bounds, the low one first, got {self.low} and {self.high}"
-            )
+            raise ValueError(f"criterion: expected finite bounds, the low one first, got {self.low} and {self.high}")
         if math.isinf(self.low) and math.isinf(self.high):
             raise ValueError("criterion: at least one bound must be finite")
 
@@ -168,9 +164,7 @@ class Claim:
             raise ValueError(f"claim {self.name!r}: {error}") from error
         self.table = [{str(column): self._cell(cell) for column, cell in row.items()} for row in self.table]
         if any(list(row) != list(self.table[0]) for row in self.table):
-            raise ValueError(
-                f"claim {self.name!r}: table: all rows must have the columns {list(self.table[0])}"
-            )
+            raise ValueError(f"claim {self.name!r}: table: all rows must have the columns {list(self.table[0])}")
         if self.figure is not None and not isinstance(self.figure, str):
             from .figures import svg  # matplotlib only where there is something drawn
 
@@ -179,9 +173,7 @@ class Claim:
     def _cell(self, cell: Any) -> Cell:
         cell = cell.item() if hasattr(cell, "item") else str(cell) if isinstance(cell, Interval) else cell
         if not isinstance(cell, Cell):
-            raise TypeError(
-                f"claim {self.name!r}: table: expected text or numbers, got {type(cell).__name__}"
-            )
+            raise TypeError(f"claim {self.name!r}: table: expected text or numbers, got {type(cell).__name__}")
         if isinstance(cell, float) and not math.isfinite(cell):
             raise ValueError(f"claim {self.name!r}: table: numbers must be finite, got {cell}")
         return cell
@@ -215,9 +207,7 @@ class Claim:
         missing = [name for name in _FIELDS if name not in data]
         if missing:
             raise ValueError(f"claim {data.get('name')!r}: missing {', '.join(missing)}")
-        return cls(
-            **{**{name: data[name] for name in _FIELDS}, "criterion": Criterion.from_json(data["criterion"])}
-        )
+        return cls(**{**{name: data[name] for name in _FIELDS}, "criterion": Criterion.from_json(data["criterion"])})
 
 
 _FIELDS = tuple(f.name for f in fields(Claim) if f.init)

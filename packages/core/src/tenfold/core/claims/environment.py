@@ -64,9 +64,7 @@ def _commit(file: Path) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", file.name
-        )  # installed inside some other checkout, it is not tracked
+        git("ls-files", "--error-unmatch", file.name)  # installed inside some other checkout, it is not tracked
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -109,13 +109,9 @@ def lines(
         for (label, values), (color, marker, dash) in zip(series.items(), _styles(), strict=False):
             band = _intervals(label, values, len(x))
             mean = [i.mean for i in band]
-            axes.plot(
-                x, mean, color=color, marker=marker if len(x) <= 20 else "", linestyle=dash, label=label
-            )
+            axes.plot(x, mean, color=color, marker=marker if len(x) <= 20 else "", linestyle=dash, label=label)
             if band[0].n > 1:
-                axes.fill_between(
-                    x, [i.low for i in band], [i.high for i in band], color=color, alpha=0.15, lw=0
-                )
+                axes.fill_between(x, [i.low for i in band], [i.high for i in band], color=color, alpha=0.15, lw=0)
             ends[label] = (mean[-1], color)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         _set_ticks(axes, log, x)
@@ -149,9 +145,7 @@ def intervals(
                 axes.plot([interval.low, interval.high], [row, row], color=SERIES["blue"], lw=2.4)
             axes.plot(interval.mean, row, "o", color=SERIES["blue"], markersize=6.5)
             text = str(interval).replace("-", "−")
-            axes.text(
-                1.02, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=MUTED
-            )
+            axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=MUTED)
         axes.set_yticks(range(len(groups)), list(groups), color=INK)
         axes.set_ylim(len(groups) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
@@ -162,9 +156,7 @@ def intervals(
     return axes.figure
 
 
-def bars(
-    labels: Sequence[str], series: Mapping[str, Sequence], *, ylabel: str, axes: Axes | None = None
-) -> Figure:
+def bars(labels: Sequence[str], series: Mapping[str, Sequence], *, ylabel: str, axes: Axes | None = None) -> Figure:
     """Groups of bars: for each label one bar per series, the mean over seeds with its 95 % interval.
 
     Args:
@@ -182,9 +174,7 @@ def bars(
             axes.bar(x, [i.mean for i in band], 0.9 * width, color=color, label=label)
             if band[0].n > 1:
                 half = [(i.high - i.low) / 2 for i in band]
-                axes.errorbar(
-                    x, [i.mean for i in band], half, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5
-                )
+                axes.errorbar(x, [i.mean for i in band], half, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
         axes.axhline(0, color=MUTED, lw=0.7)
         axes.set_xticks(range(len(labels)), list(labels), color=INK)
         axes.set_ylabel(ylabel)
@@ -279,8 +269,7 @@ def _label_ends(axes: Axes, ends: dict[str, tuple[float, str]]) -> None:
     """Names right of the axes at the height of each curve's end, pushed apart where they would overlap."""
     axes.figure.draw_without_rendering()  # settles limits and layout, which the heights depend on
     heights = {
-        k: axes.transAxes.inverted().transform(axes.transData.transform((1, y)))[1]
-        for k, (y, _) in ends.items()
+        k: axes.transAxes.inverted().transform(axes.transData.transform((1, y)))[1] for k, (y, _) in ends.items()
     }
     gap = 13 / (axes.get_window_extent().height * 72 / axes.figure.dpi)  # points between baselines
     labels = sorted(heights, key=heights.__getitem__)
@@ -293,8 +282,6 @@ def _label_ends(axes: Axes, ends: dict[str, tuple[float, str]]) -> None:
         heights[labels[0]] = max(heights[labels[0]], 0.0)
         heights[labels[-1]] = min(heights[labels[-1]], 1.0)
     for label in labels:
-        text = axes.text(
-            1.02, heights[label], label, color=ends[label][1], transform=axes.transAxes, va="center"
-        )
+        text = axes.text(1.02, heights[label], label, color=ends[label][1], transform=axes.transAxes, va="center")
         text.set_fontweight("bold")
         text.set_fontsize(9)

@@ -38,9 +38,7 @@ def fingerprint(fn: Callable[..., dict], package: str, settings: dict[str, Any])
         )
     packages = ("tenfold.kernels", "tenfold.core", package)
     outside = () if fn.__module__ == f"{package}.claims" else ("claims.py",)
-    parts = [
-        _digest(name, (*_OUTSIDE.get(name, ()), *(outside if name == package else ()))) for name in packages
-    ]
+    parts = [_digest(name, (*_OUTSIDE.get(name, ()), *(outside if name == package else ()))) for name in packages]
     if not any(fn.__module__ == name or fn.__module__.startswith(f"{name}.") for name in packages):
         parts.append(hashlib.sha256(_content(Path(inspect.getfile(fn)))).hexdigest())
     libraries = versions(["lightning", "numpy", "transformers"])

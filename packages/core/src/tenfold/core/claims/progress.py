@@ -56,9 +56,7 @@ class RunProgress:
             self._fresh.append(seconds)
         left = ""
         if self._fresh and self._planned > self._done:
-            left = (
-                f"about {duration((self._planned - self._done) * sum(self._fresh) / len(self._fresh))} left"
-            )
+            left = f"about {duration((self._planned - self._done) * sum(self._fresh) / len(self._fresh))} left"
         self._bar.update(self._task, completed=self._done, left=left)
         if not self.console.is_terminal:
             count = f"{self._done}/{self._planned}" if self._planned else f"{self._done}"

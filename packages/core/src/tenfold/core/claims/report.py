@@ -33,9 +33,7 @@ def render(output: str | Path) -> Path:
         raise ValueError(f"{source}: not a JSON file: {error}") from error
     found = report.get("format") if isinstance(report, dict) else None
     if found != FORMAT:
-        raise ValueError(
-            f"{source}: format {found!r}, this version reads {FORMAT}; `tenfold reproduce` makes it anew"
-        )
+        raise ValueError(f"{source}: format {found!r}, this version reads {FORMAT}; `tenfold reproduce` makes it anew")
     page = Path(output) / "index.html"
     write_atomically(page, to_html(report))
     return page
@@ -46,9 +44,7 @@ def to_html(report: dict[str, Any]) -> str:
     sections = [{**s, "claims": [Claim.from_json(c) for c in s["claims"]]} for s in report["methods"]]
     claims = [claim for section in sections for claim in section["claims"]]
     counts = {verdict: sum(c.verdict == verdict for c in claims) for verdict in MARKS}
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(minus=_minus, cell=_cell, duration=duration)
     template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     return template.render(

@@ -114,9 +114,7 @@ class Run:
 
     def _path(self, key: str, settings: dict[str, Any]) -> Path:
         if not re.fullmatch(r"\w[\w.=+-]*(/\w[\w.=+-]*)*", key, re.ASCII):
-            raise ValueError(
-                f"key: expected letters, digits and '_.=+-' in parts separated by '/', got {key!r}"
-            )
+            raise ValueError(f"key: expected letters, digits and '_.=+-' in parts separated by '/', got {key!r}")
         try:
             digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         except TypeError as error:
@@ -201,9 +199,7 @@ def reproduce(
     _print(sections, page)
     failures = [f"{s['name']}: {f['function']}: {f['error']}" for s in sections for f in s["failures"]]
     if failures:
-        raise ReproduceError(
-            f"not all claims could be measured ({'; '.join(failures)}); the report is {page}"
-        )
+        raise ReproduceError(f"not all claims could be measured ({'; '.join(failures)}); the report is {page}")
     return page
 
 
@@ -222,9 +218,7 @@ def _measure(method: "Method", run: Run, progress: RunProgress) -> dict[str, Any
             progress.say(traceback.format_exc())
             failures.append({"function": function.__name__, "error": f"{type(error).__name__}: {error}"})
         except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
-            progress.say(
-                f"interrupted; {len(run.log)} measurements kept in {run.folder}; run it again to go on"
-            )
+            progress.say(f"interrupted; {len(run.log)} measurements kept in {run.folder}; run it again to go on")
             raise
         finally:
             progress.end()

@@ -76,9 +76,7 @@ def _find(path: Path) -> list[Path]:
     if not path.is_file():
         raise FileNotFoundError(f"path: no such file or folder: {path}")
     if not _kind(path):
-        raise ValueError(
-            f"path: expected .txt or .jsonl, or one of them as .bz2, .gz or .xz, got {path.name}"
-        )
+        raise ValueError(f"path: expected .txt or .jsonl, or one of them as .bz2, .gz or .xz, got {path.name}")
     return [path]
 
 

@@ -9,6 +9,8 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..training import ResumableDataLoader
+
 FOLDER = Path(__file__).parent / "fashion-mnist"
 CLASSES = (
     "T-shirt",
@@ -47,9 +49,7 @@ class FashionMNISTDataModule(LightningDataModule):
         torch.Size([64, 1, 28, 28])
     """
 
-    def __init__(
-        self, *, batch_size: int = 64, val_images: int = 1000, seed: int = 0, num_workers: int = 0
-    ) -> None:
+    def __init__(self, *, batch_size: int = 64, val_images: int = 1000, seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
@@ -69,14 +69,6 @@ class FashionMNISTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The training images, in an order that `seed` and the epoch determine, resumable in mid-epoch."""
-        try:
-            from ..training import ResumableDataLoader
-        except ImportError:  # TODO until training lands
-            generator = torch.Generator().manual_seed(self.seed)
-            return DataLoader(
-                self.train, batch_size=self.batch_size, shuffle=True, drop_last=True, generator=generator
-            )
-
         return ResumableDataLoader(
             self.train, batch_size=self.batch_size, seed=self.seed, shuffle=True, num_workers=self.num_workers
         )

@@ -11,6 +11,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..training import ResumableDataLoader
 from .cache import cache_folder, write_whole
 from .corpus import Corpus
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -98,14 +99,6 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The training windows, in an order that `seed` and the epoch determine, resumable in mid-epoch."""
-        try:
-            from ..training import ResumableDataLoader
-        except ImportError:  # TODO until training lands
-            generator = torch.Generator().manual_seed(self.seed)
-            return DataLoader(
-                self.train, batch_size=self.batch_size, shuffle=True, drop_last=True, generator=generator
-            )
-
         return ResumableDataLoader(
             self.train, batch_size=self.batch_size, seed=self.seed, shuffle=True, num_workers=self.num_workers
         )

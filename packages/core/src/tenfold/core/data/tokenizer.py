@@ -35,16 +35,12 @@ class Tokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         if not _is_byte_level(tokenizer):
-            raise ValueError(
-                "tokenizer: expected a byte-level one (a ByteLevel decoder), as GPT-2's or Llama 3's"
-            )
+            raise ValueError("tokenizer: expected a byte-level one (a ByteLevel decoder), as GPT-2's or Llama 3's")
         separator = tokenizer.token_to_id(SEPARATOR)
         if separator is None:
             raise ValueError(f"tokenizer: has no token {SEPARATOR}, which separates documents")
         self.tokenizer = tokenizer
-        self.tokenizer.encode_special_tokens = (
-            True  # a text that quotes the separator does not end the document
-        )
+        self.tokenizer.encode_special_tokens = True  # a text that quotes the separator does not end the document
         self.separator: int = separator
 
     @property

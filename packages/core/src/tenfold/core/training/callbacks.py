@@ -36,9 +36,7 @@ class NonFiniteGuard(Callback):
         loss = loss.detach()
         self._loss = loss if self._loss is None else self._loss + loss
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Raise NonFiniteError, or log the norm and let the update happen."""
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -72,15 +70,11 @@ class RandomState(Callback):
     def __init__(self) -> None:
         self._states: list[dict[str, Any]] | None = None
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of all processes."""
         checkpoint[self._KEY] = _gather(trainer, _random_state())
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the states until training starts: what comes before may draw numbers too."""
         self._states = checkpoint.get(self._KEY)
 
@@ -130,7 +124,10 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, *_) -> None:
         """Save or stop if it is time, unless validation comes first."""
-        if not _validation_follows(trainer):
+        loop = trainer.fit_loop
+        if trainer.should_stop and loop._can_stop_early and not loop.epoch_loop._should_accumulate():
+            self._save(trainer)  # by `max_time`, say; the validation that follows belongs to stopping
+        elif not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
             self._between_batches(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,9 +153,7 @@ class LastCheckpoint(Checkpoint):
             # Lightning now ends the loop by SIGTERMException, when all that belongs to the batch is done.
             trainer._signal_connector.received_sigterm = True
         elif trainer.global_step == trainer.max_steps:
-            self._save(
-                trainer
-            )  # here, since Lightning counts the epoch that `max_steps` breaks off as a whole one
+            self._save(trainer)  # here, since Lightning counts the epoch that `max_steps` breaks off as a whole one
         elif _any_process(trainer, time.monotonic() - self._time > 60 * self.minutes):
             self._save(trainer)
 
@@ -170,11 +165,6 @@ class LastCheckpoint(Checkpoint):
 def _any_process(trainer: Trainer, here: bool) -> bool:
     """Whether `here` is true in any process."""
     return here if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(here, all=False)
-
-
-def _validation_follows(trainer: Trainer) -> bool:
-    """Whether validation runs between this batch and the next."""
-    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
 
 
 def _gather(trainer: Trainer, value: Any) -> list[Any]:

@@ -47,9 +47,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     refused, whatever the caller asks.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write beside `path`, see it on the disk, and put it in the place of `path`."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

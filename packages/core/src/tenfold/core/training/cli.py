@@ -31,11 +31,12 @@ from .checkpoint import AtomicCheckpointIO, load_checkpoint
 from .metrics import RunLogger
 from .runs import RunOptions
 
-_DESCRIPTION = """Train or evaluate {name}. Beside the options below:
-  --config NAME|FILE   a shipped config ({configs}) or a YAML file; several: the later one wins
+_USAGE = """tenfold {verb} {method} [OPTION ...]
+
+  --config NAME|FILE   a shipped config ({configs}) or a YAML file; of several, the later wins
   --resume [RUN]       go on with an interrupted run: its folder, or by default the latest
   --ckpt_path FILE     begin with, or evaluate, a checkpoint; `last` is the latest run's
-"""
+  --model.OPTION, --data.OPTION, --trainer.OPTION, as below or in the docstring of the config's classes"""
 
 
 def run_method(method: Method, verb: str, arguments: list[str]) -> int:
@@ -46,7 +47,7 @@ def run_method(method: Method, verb: str, arguments: list[str]) -> int:
         NonFiniteError: training came to a loss or gradient that is infinite or NaN.
     """
     options = RunOptions.parse(method, verb, arguments)
-    if options.checkpoint:
+    if options.checkpoint and not options.checkpoint.is_dir():  # a folder is a sharded one
         load_checkpoint(options.checkpoint)  # so that a damaged one is found before anything starts
     _calm_down()
     cli = _MethodCLI(method, verb, options)
@@ -75,7 +76,8 @@ class _MethodCLI(LightningCLI):
                 run=False,
                 parser_kwargs={
                     "prog": f"tenfold {verb} {method.name}",
-                    "description": _DESCRIPTION.format(name=method.name, configs=names),
+                    "usage": _USAGE.format(verb=verb, method=method.name, configs=names),
+                    "description": None,
                     "exit_on_error": False,
                     "allow_abbrev": False,
                 },
@@ -126,12 +128,9 @@ class _MethodCLI(LightningCLI):
         new = not folder.exists()
         if self.trainer.world_size > 1:
             os.environ["TENFOLD_RUN_FOLDER"] = str(folder)  # for the processes that Lightning starts
-        _say(f"{self.method.name}: {folder if self.keeps else 'a trial that keeps nothing'}")
         try:
             with self._user_errors():
-                self.trainer.fit(
-                    self.model, self.datamodule, ckpt_path=self.options.checkpoint, weights_only=True
-                )
+                self.trainer.fit(self.model, self.datamodule, ckpt_path=self.options.checkpoint, weights_only=True)
         except SIGTERMException:
             _say(f"stopped at step {self.trainer.global_step}; to go on: {again}")
             return 130 if self.last.signal == signal.SIGINT else 143
@@ -212,9 +211,10 @@ class _SaveConfig(SaveConfigCallback):
     """Keeps the whole config in the run's folder, for `--resume`."""
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        last = next(c for c in trainer.callbacks if isinstance(c, LastCheckpoint))
-        with write_whole(last.path.parent.parent / "config.yaml") as temporary:
+        folder = next(c for c in trainer.callbacks if isinstance(c, LastCheckpoint)).path.parent.parent
+        with write_whole(folder / "config.yaml") as temporary:
             self.parser.save(self.config, temporary, skip_none=False, overwrite=True, format="yaml")
+        _say(f"run folder: {folder}")
 
 
 def _check_devices(accelerator: Any, devices: Any) -> None:

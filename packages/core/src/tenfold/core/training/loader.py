@@ -71,8 +71,7 @@ class ResumableDataLoader(DataLoader):
         if len(self) == 0:
             needed = batch_size * self.sampler.num_replicas
             raise ValueError(
-                f"batch_size: the dataset has {len(dataset)} rows, fewer than the {needed} of a batch "
-                "of all processes"
+                f"batch_size: the dataset has {len(dataset)} rows, fewer than the {needed} of a batch of all processes"
             )
 
     def __iter__(self) -> Iterator[Any]:

@@ -97,9 +97,7 @@ def _check(file: Path) -> None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(
-            f"config {file}: not valid YAML{where}: {getattr(error, 'problem', error)}"
-        ) from error
+        raise UserError(f"config {file}: not valid YAML{where}: {getattr(error, 'problem', error)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {file}: cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -111,7 +109,7 @@ def _run_folder(method: Method, resume: str, names: list[str]) -> Path:
     """The run that `--resume` means: a folder, or the latest of the method, or of the config named."""
     if resume:
         folder = Path(resume)
-        if not (folder / "checkpoints" / "last.ckpt").is_file():
+        if not (folder / "checkpoints" / "last.ckpt").exists():
             raise UserError(f"resume: {resume} holds no run, there is no checkpoints/last.ckpt in it")
         return folder
     base = _ROOT / method.name

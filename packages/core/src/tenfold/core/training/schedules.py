@@ -9,9 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def warmup_cosine(
-    optimizer: Optimizer, *, warmup_steps: int, total_steps: int, min_ratio: float = 0.1
-) -> LambdaLR:
+def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, total_steps: int, min_ratio: float = 0.1) -> LambdaLR:
     """Linear warm-up, then half a cosine down to a floor, where it stays.
 
     The learning rate of update k = 0, 1, ..., relative to the optimizer's:
