@@ -1,5 +1,7 @@
 """Training U-ViC by noise prediction, and drawing images from it (variance-preserving diffusion)."""
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float, Int
 from lightning import LightningModule
@@ -107,7 +109,7 @@ class UViCModule(LightningModule):
         x = torch.randn(count, h.channels, h.image_size, h.image_size, generator=generator).to(self.device)
         condition = {} if labels is None else {"label": labels}
         times = torch.linspace(1.0, 1e-3, steps + 1, device=self.device)
-        for now, following in zip(times[:-1], times[1:], strict=True):
+        for now, following in pairwise(times):
             noise = self(x, now.expand(count), **condition)
             level, next_level = signal_level(now), signal_level(following)
             image = ((x - (1 - level).sqrt() * noise) / level.sqrt()).clamp(-1, 1)

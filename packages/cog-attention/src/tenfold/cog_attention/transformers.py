@@ -57,7 +57,7 @@ def cog_attention_forward(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention function: `(batch, heads, time, dim)` in, `(batch, time, heads, dim)` out.
+    """Transformers' attention function: `(batch, heads, time, dim)` in, `(batch, time, heads, dim)` out.
 
     A mask of None means plain causal attention for a causal module, the last query aligned with the last key.
     Weights are returned only when the model is asked for `output_attentions`: that costs the Tq×Tk matrix.
@@ -87,7 +87,7 @@ def cog_attention_forward(
 
 
 def cog_mask(*, q_length: int, kv_length: int, allow_is_causal_skip: bool = True, **kwargs) -> Tensor | None:
-    """transformers' mask function: a bool mask, or None where plain causal attention says the same.
+    """Transformers' mask function: a bool mask, or None where plain causal attention says the same.
 
     None is left to the cases in which Cog's and SDPA's own causal flags agree, since softmax layers may share the
     mask: a square, or a single query that attends everything. SDPA's further shortcut, for an empty static cache,
