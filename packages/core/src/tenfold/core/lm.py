@@ -178,7 +178,7 @@ class CausalLM(LightningModule):
             group.append(parameter)
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(
-            groups, lr=self.hparams.lr, betas=self.hparams.betas, weight_decay=self.hparams.weight_decay
+            groups, lr=self.hparams.lr, betas=self.hparams.betas, weight_decay=self.hparams.weight_decay, fused=True
         )
         schedule = warmup_cosine(
             optimizer,

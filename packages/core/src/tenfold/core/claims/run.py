@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Budget = Literal["quick", "default", "full"]
 
 # Seeds are always 0, 1, 2, ...: how many can be chosen, which ones cannot.
-SEEDS: dict[str, int] = {"quick": 3, "default": 5, "full": 10}
+SEEDS: dict[str, int] = {"quick": 3, "default": 3, "full": 5}
 
 
 class ReproduceError(RuntimeError):
@@ -84,7 +84,7 @@ class Run:
         """
         path = self._path(key, settings)
         code = fingerprint(fn, self.package, settings)
-        if self._progress:
+        if self._progress and path not in self._used:
             self._progress.measuring(key)
         record = self._stored(path, key, code)
         stored = record is not None
@@ -108,8 +108,8 @@ class Run:
             entry = {"key": key, "seconds": record["seconds"], "date": record["date"], "stored": stored}
             self.log.append(entry)
             self._used.add(path)
-        if self._progress:
-            self._progress.measured(key, record["seconds"], stored)
+            if self._progress:
+                self._progress.measured(key, record["seconds"], stored)
         return record["result"]
 
     def _path(self, key: str, settings: dict[str, Any]) -> Path:
