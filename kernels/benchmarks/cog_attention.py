@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import Timing, compare, machine, print_table, require_same, write_csv
 from torch import Tensor
 from torch.nn import functional as F
 
 from tenfold.kernels import cog_attention
 from tenfold.kernels.testing import cog_inputs
+from tenfold.kernels.testing.timing import Timing, compare, machine, print_table, require_same, write_csv
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -7,17 +7,16 @@ chunks. All run in one process, in turn, on the same inputs, and must agree befo
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tenfold.kernels import linear_logprob
-from tenfold.kernels.testing import peak_memory
+from tenfold.kernels.testing.timing import compare, machine, print_table, require_same, write_csv
 
 OURS = "tenfold linear_logprob"
 
@@ -42,12 +41,13 @@ def contenders() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
 
 
 def main() -> None:
-    """Print median seconds, the median ratio to ours within a round with its spread, and peak memory."""
+    """Check that all agree, time them, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in (("rows", 4096), ("dim", 512), ("vocab", 32000), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the timings there too")
     arguments = parser.parse_args()
 
     options = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
@@ -66,41 +66,18 @@ def main() -> None:
         return logp.detach(), *torch.autograd.grad(logp, (hidden, weight), grad.to(logp.dtype))
 
     peers = contenders()
-    truth = training(plain)
-    for f in peers.values():
-        for ours, theirs in zip(training(f), truth, strict=True):
-            tolerance = {} if options["dtype"] == torch.float32 else {"rtol": 0.05, "atol": 0.05}
-            torch.testing.assert_close(ours.float(), theirs.float(), **tolerance or {"rtol": 1e-4, "atol": 1e-5})
-    del truth
-
-    print(
-        f"rows {arguments.rows}, dim {arguments.dim}, vocabulary {arguments.vocab}, {arguments.dtype}, ",
-        end="",
-    )
-    print(f"{arguments.device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for what, run in (("forward", forward), ("forward and backward", training)):
-        seconds: dict[str, list[float]] = {name: [] for name in peers}
-        for _ in range(arguments.rounds):
-            for name, f in peers.items():
-                seconds[name].append(timed(partial(run, f), arguments.device))
-        print(f"\n{what:34}{'seconds':>9}{'of ours':>9}{'lowest to highest':>20}{'peak MB':>9}")
-        for name, f in peers.items():
-            ratios = [theirs / ours for theirs, ours in zip(seconds[name], seconds[OURS], strict=True)]
-            peak = peak_memory(partial(run, f), device=arguments.device) / 2**20
-            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-            middle = statistics.median
-            print(f"{name:34}{middle(seconds[name]):9.3f}{middle(ratios):9.2f}{spread:>20}{peak:9.0f}")
-
-
-def timed(run: Callable[[], object], device: str) -> float:
-    """Seconds of one call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    tolerance = 1e-4 if arguments.dtype == "float32" else 5e-2
+    require_same({name: training(f) for name, f in peers.items()}, tolerance)
+    what = {name: getattr(arguments, name) for name in ("rows", "dim", "vocab", "dtype", "device")}
+    print(", ".join(f"{name} {value}" for name, value in (what | machine()).items() if value != ""))
+    rows = []
+    for title, run in (("forward", forward), ("forward and backward", training)):
+        calls = {name: partial(run, f) for name, f in peers.items()}
+        timings = compare(calls, rounds=arguments.rounds, device=arguments.device)
+        print_table(title, timings)
+        rows += [({"pass": title} | what, timing) for timing in timings]
+    if arguments.csv:
+        write_csv(arguments.csv, rows)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ from tenfold.cog_attention.attention import rotate
 def by_definition(layer, x, attended):
     """The layer in float64, one head at a time, without rotary embedding."""
     B, T, _ = x.shape
-    q, k, v = (
-        p(x).view(B, T, -1, layer.head_dim).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj)
-    )
+    q, k, v = (p(x).view(B, T, -1, layer.head_dim).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     heads = []
     for h in range(layer.heads):
         kv = h // (layer.heads // layer.kv_heads)

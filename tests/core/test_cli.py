@@ -91,6 +91,7 @@ def test_a_second_interrupt_stops_at_once(monkeypatch, capsys):
         return self.net(batch).square().mean()
 
     monkeypatch.setattr(toy_method.Toy, "training_step", training_step)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     assert main(FIT) == 130
     assert "nothing was saved" in capsys.readouterr().out
     assert not list(Path("runs").rglob("*.ckpt"))

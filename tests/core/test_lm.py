@@ -182,3 +182,16 @@ def test_llama_config_says_what_was_asked():
 def test_module_is_described_by_plain_values():
     assert issubclass(CausalLM, LightningModule)
     assert all(isinstance(v, int | float | str | bool | tuple | None) for v in CausalLM(**SIZES).hparams.values())
+
+
+def test_separate_documents_do_not_see_each_other():
+    torch.manual_seed(0)
+    module = CausalLM(vocab_size=30, layers=2, dim=16, heads=2, ffn=24, separate_documents=True)
+    module.configure_model()
+    first, second = torch.tensor([[0, 5, 6, 7]]), torch.tensor([[0, 8, 9, 10, 11]])
+    with torch.no_grad():
+        together = module(torch.cat([first, second], dim=1))
+        torch.testing.assert_close(together[:, :3], module(first))
+        torch.testing.assert_close(together[:, 4:], module(second))
+        module.hparams.separate_documents = False
+        assert not torch.allclose(module(torch.cat([first, second], dim=1))[:, 4:], together[:, 4:])

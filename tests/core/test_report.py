@@ -356,3 +356,11 @@ def test_intervals_bars_and_heatmap_draw_their_numbers():
 def test_uneven_series_are_named():
     with pytest.raises(ValueError, match=r"'arm'.*\(seeds, 2\).*\(3,\)"):
         figures.lines([1, 2], {"arm": [1, 2, 3]}, xlabel="x", ylabel="y")
+
+
+def test_a_gallery_puts_the_images_of_a_row_side_by_side():
+    first, second = [[0, 255], [10, 20]], [[1, 2], [3, 4]]
+    figure = figures.gallery({"a": [first, second], "b": [second, first]})
+    strip = figure.axes[0].images[0].get_array()
+    assert strip.tolist() == [[0, 255, 1, 2], [10, 20, 3, 4]]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["a", "b"]

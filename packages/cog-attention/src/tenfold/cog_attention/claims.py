@@ -3,11 +3,8 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
-from matplotlib.figure import Figure
-
 from tenfold.core.claims import Claim, Run, above, below, t_interval
-from tenfold.core.claims.figures import bars, lines, panels
+from tenfold.core.claims.figures import bars, gallery, lines, panels
 
 from .experiments import ARMS, PROBE_LENGTHS, diffusion_model, language_model, subtraction
 
@@ -164,7 +161,8 @@ def heads(run: Run) -> list[Claim]:
             values=both,
             unit="share of heads",
             baseline="no softmax head deletes by its weights: its share is 0",
-            notes=f"A head counts if it does the rarer of the two at least a quarter as often as the other; {where}.",
+            notes=f"A head counts if it does the rarer of the two at least a quarter as often as the other; {where}. "
+            "OV: the mean cosine between what a head writes for a token and the direction that predicts that token.",
             table=[
                 {
                     "layer": layer,
@@ -173,6 +171,8 @@ def heads(run: Run) -> list[Claim]:
                     "pairs copied": t_interval([_mean([m["copy"][layer]]) for m in models["Cog"]]),
                     "pairs deleted": t_interval([_mean([m["delete"][layer]]) for m in models["Cog"]]),
                     "row sum, std": t_interval([m["row_sum_std"][layer] for m in models["Cog"]]),
+                    "OV towards the token": t_interval([_mean([m["ov"][layer]]) for m in models["Cog"]]),
+                    "the same, softmax model": t_interval([_mean([m["ov"][layer]]) for m in models["softmax"]]),
                 }
                 for layer in layers
             ],
@@ -285,7 +285,7 @@ def diffusion_loss(run: Run) -> list[Claim]:
                 }
                 for attention in losses
             ],
-            figure=_gallery({"U-ViT": losses["softmax"][0]["images"], "U-ViC": losses["cog"][0]["images"]}),
+            figure=gallery({"U-ViT": losses["softmax"][0]["images"], "U-ViC": losses["cog"][0]["images"]}),
             caption="Images drawn from the two models of the first seed, from the same starting noise (50 DDIM steps).",
         )
     ]
@@ -342,14 +342,6 @@ def _loss_table(losses: dict[str, list[float]], rates: dict[str, float]) -> list
         }
         for arm, values in losses.items()
     ]
-
-
-def _gallery(rows: dict[str, list]) -> Figure:
-    figure, axes = panels(*rows, columns=1, height=1.3)
-    for panel, images in zip(axes, rows.values(), strict=True):
-        panel.imshow(np.hstack(np.uint8(images)), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        panel.set_axis_off()
-    return figure
 
 
 def _differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

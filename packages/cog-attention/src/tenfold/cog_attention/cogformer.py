@@ -27,6 +27,7 @@ class Cogformer(CausalLM):
         attention: `cog`, `softmax` or `differential`.
         softmax_layers: the layers that keep softmax in a `cog` model; by default the paper's first and last.
         tie_embeddings: whether the head's weight is the embedding's.
+        separate_documents: whether a token attends only its own document, as in the paper's code.
         lr: the highest learning rate.
         min_lr_ratio: the last learning rate, as a share of `lr`.
         warmup_steps: over which the learning rate rises.
@@ -47,6 +48,7 @@ class Cogformer(CausalLM):
         attention: Literal["cog", "softmax", "differential"] = "cog",
         softmax_layers: tuple[int, ...] = (0, -1),
         tie_embeddings: bool = False,
+        separate_documents: bool = False,
         lr: float = 3e-3,
         min_lr_ratio: float = 0.1,
         warmup_steps: int = 100,
@@ -65,6 +67,7 @@ class Cogformer(CausalLM):
             kv_heads=kv_heads,
             attention=attention,
             tie_embeddings=tie_embeddings,
+            separate_documents=separate_documents,
             lr=lr,
             min_lr_ratio=min_lr_ratio,
             warmup_steps=warmup_steps,

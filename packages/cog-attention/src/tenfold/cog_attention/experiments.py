@@ -13,6 +13,7 @@ from .analysis import (
     attention_maps,
     collapse_prompts,
     head_operations,
+    ov_direction,
     path_mass,
     representation_gap,
     weight_statistics,
@@ -102,6 +103,7 @@ def _measure(model: torch.nn.Module, data: TextDataModule) -> dict[str, Any]:
         "copy": operations.copy.tolist(),
         "delete": operations.delete.tolist(),
         "balance": operations.balance.tolist(),
+        "ov": ov_direction(model, tokens).tolist(),
         "path": {"total": total, "early": early},
         "gaps": {
             probe: [

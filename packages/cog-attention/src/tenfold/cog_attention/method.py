@@ -14,10 +14,10 @@ METHOD = Method(
     datamodule=LightningDataModule,
     package="tenfold.cog_attention",
     claims=(
-        claims.one_head_subtraction,
-        claims.diffusion_loss,
         claims.language_loss,
         claims.collapse,
         claims.heads,
+        claims.one_head_subtraction,
+        claims.diffusion_loss,
     ),
 )

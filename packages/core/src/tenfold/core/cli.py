@@ -138,6 +138,7 @@ def _report(arguments: list[str]) -> None:
 def _bench(arguments: list[str]) -> int:
     parser = _Parser("bench", "Time ops and methods beside their peers; arguments go to the script.")
     parser.add_argument("name", metavar="OP|M", nargs="?", help="by default all")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="keep the timings there, a CSV file each")
     given, rest = parser.parse_known_args(arguments)
     scripts = _benchmarks()
     name = given.name and given.name.replace("-", "_")
@@ -146,7 +147,12 @@ def _bench(arguments: list[str]) -> int:
     chosen = scripts[name] if name else [file for files in scripts.values() for file in files]
     for file in chosen:
         print(f"{file.parent.parent.name}: {file.stem}", flush=True)
-        if status := subprocess.run([sys.executable, str(file), *rest]).returncode:
+        if given.output:
+            given.output.mkdir(parents=True, exist_ok=True)
+            keep = ["--csv", str(given.output / f"{file.stem}.csv")]
+        else:
+            keep = []
+        if status := subprocess.run([sys.executable, str(file), *keep, *rest]).returncode:
             return status
     return 0
 

@@ -85,6 +85,7 @@ class CausalLM(LightningModule):
         kv_heads: key and value heads; `heads` by default.
         attention: transformers' name of the attention.
         tie_embeddings: whether the head's weight is the embedding's.
+        separate_documents: whether a token attends only its own document, which the separator, token 0, begins.
         lr: the highest learning rate.
         min_lr_ratio: the last learning rate, as a share of `lr`.
         warmup_steps: over which the learning rate rises.
@@ -108,6 +109,7 @@ class CausalLM(LightningModule):
         kv_heads: int | None = None,
         attention: str = "sdpa",
         tie_embeddings: bool = False,
+        separate_documents: bool = False,
         lr: float = 3e-3,
         min_lr_ratio: float = 0.1,
         warmup_steps: int = 100,
@@ -140,7 +142,9 @@ class CausalLM(LightningModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Log-probabilities `(B, T)` of `tokens` `(B, T + 1)`, each but the first given those before it."""
-        hidden = self.lm.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+        inputs = tokens[:, :-1]
+        positions = _positions_in_documents(inputs) if self.hparams.separate_documents else None
+        hidden = self.lm.base_model(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
         head = self.lm.get_output_embeddings()
         return linear_logprob(hidden, head.weight, tokens[:, 1:], bias=getattr(head, "bias", None))
 
@@ -187,3 +191,10 @@ class CausalLM(LightningModule):
             min_ratio=self.hparams.min_lr_ratio,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _positions_in_documents(tokens: Tensor) -> Tensor:
+    """Positions `(B, T)` that begin anew at each separator, by which transformers masks packed documents apart."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    starts = positions.where(tokens == 0, 0).cummax(dim=1).values
+    return positions - starts

@@ -221,6 +221,20 @@ def heatmap(
     return axes.figure
 
 
+def gallery(rows: Mapping[str, Sequence]) -> Figure:
+    """A row of gray images per label, side by side.
+
+    Args:
+        rows: label to images `(N, height, width)`, 0 black to 255 white.
+    """
+    figure, axes = panels(*rows, columns=1, height=1.1)
+    for panel, images in zip(axes, rows.values(), strict=True):
+        strip = np.concatenate(np.asarray(images, dtype=np.uint8), axis=1)
+        panel.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        panel.set_axis_off()
+    return figure
+
+
 def svg(figure: Figure, *, prefix: str) -> str:
     """The figure as one `<svg>` element; its ids begin with `prefix`, so that a page can hold several."""
     buffer = io.StringIO()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tenfold.kernels.testing import peak_memory
+from .memory import peak_memory
 
 SAMPLE = 0.2  # seconds that one sample takes at least: short calls are repeated, their mean is the sample
 
