@@ -195,3 +195,13 @@ def test_separate_documents_do_not_see_each_other():
         torch.testing.assert_close(together[:, 4:], module(second))
         module.hparams.separate_documents = False
         assert not torch.allclose(module(torch.cat([first, second], dim=1))[:, 4:], together[:, 4:])
+
+
+@pytest.mark.parametrize("std", [0.02, 0.1])
+def test_initial_weights_have_the_given_spread(std):
+    torch.manual_seed(0)
+    module = CausalLM(vocab_size=64, layers=2, dim=64, heads=2, ffn=96, init_std=std)
+    module.configure_model()
+    for name, weight in module.lm.named_parameters():
+        if weight.dim() > 1:
+            assert weight.std().item() == pytest.approx(std, rel=0.05), name

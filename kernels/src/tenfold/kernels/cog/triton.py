@@ -372,10 +372,8 @@ def _dkdv_kernel(
     k = _load(k_ptr, stride_kt, Tk - first, True, BLOCK_N, D, BLOCK_D)
     v = _load(v_ptr, stride_vt, Tk - first, True, BLOCK_N, D, BLOCK_D)
 
-    begin, clear = (
-        0,
-        0,
-    )  # the first row that attends one of the keys, and the first block whose rows attend them all
+    # The first row that attends one of the keys, and the first block whose rows attend them all.
+    begin, clear = 0, 0
     if CAUSAL:
         begin = tl.maximum(first - (Tk - Tq), 0) // BLOCK_M * BLOCK_M
         clear = tl.cdiv(tl.maximum(first + BLOCK_N - 1 - (Tk - Tq), 0), BLOCK_M) * BLOCK_M

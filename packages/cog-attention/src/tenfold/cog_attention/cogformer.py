@@ -28,6 +28,7 @@ class Cogformer(CausalLM):
         softmax_layers: the layers that keep softmax in a `cog` model; by default the paper's first and last.
         tie_embeddings: whether the head's weight is the embedding's.
         separate_documents: whether a token attends only its own document, as in the paper's code.
+        init_std: standard deviation of the initial weights.
         lr: the highest learning rate.
         min_lr_ratio: the last learning rate, as a share of `lr`.
         warmup_steps: over which the learning rate rises.
@@ -49,6 +50,7 @@ class Cogformer(CausalLM):
         softmax_layers: tuple[int, ...] = (0, -1),
         tie_embeddings: bool = False,
         separate_documents: bool = False,
+        init_std: float = 0.02,
         lr: float = 3e-3,
         min_lr_ratio: float = 0.1,
         warmup_steps: int = 100,
@@ -68,6 +70,7 @@ class Cogformer(CausalLM):
             attention=attention,
             tie_embeddings=tie_embeddings,
             separate_documents=separate_documents,
+            init_std=init_std,
             lr=lr,
             min_lr_ratio=min_lr_ratio,
             warmup_steps=warmup_steps,
@@ -89,6 +92,7 @@ class Cogformer(CausalLM):
             kv_heads=h.kv_heads,
             attention="cog" if h.attention == "cog" else "sdpa",
             tie_embeddings=h.tie_embeddings,
+            initializer_range=h.init_std,
         )
         if h.attention == "differential":
             return DiffLlamaForCausalLM(DiffLlamaConfig(**_common(config.to_dict()), attn_implementation="sdpa"))
@@ -104,6 +108,7 @@ def _common(llama: dict) -> dict:
     """The entries of a Llama's config that say how large the model is."""
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "max_position_embeddings tie_word_embeddings bos_token_id eos_token_id rms_norm_eps"
+        "max_position_embeddings tie_word_embeddings bos_token_id eos_token_id rms_norm_eps "
+        "initializer_range"
     )
     return {name: llama[name] for name in names.split()}

@@ -86,6 +86,7 @@ class CausalLM(LightningModule):
         attention: transformers' name of the attention.
         tie_embeddings: whether the head's weight is the embedding's.
         separate_documents: whether a token attends only its own document, which the separator, token 0, begins.
+        init_std: standard deviation of the initial weights.
         lr: the highest learning rate.
         min_lr_ratio: the last learning rate, as a share of `lr`.
         warmup_steps: over which the learning rate rises.
@@ -110,6 +111,7 @@ class CausalLM(LightningModule):
         attention: str = "sdpa",
         tie_embeddings: bool = False,
         separate_documents: bool = False,
+        init_std: float = 0.02,
         lr: float = 3e-3,
         min_lr_ratio: float = 0.1,
         warmup_steps: int = 100,
@@ -122,18 +124,21 @@ class CausalLM(LightningModule):
 
     def build(self) -> PreTrainedModel:
         """The model to train, with fresh weights: a Llama of the constructor's sizes."""
-        names = (
-            "vocab_size",
-            "layers",
-            "dim",
-            "heads",
-            "ffn",
-            "max_length",
-            "kv_heads",
-            "attention",
-            "tie_embeddings",
+        h = self.hparams
+        return LlamaForCausalLM(
+            llama_config(
+                vocab_size=h.vocab_size,
+                layers=h.layers,
+                dim=h.dim,
+                heads=h.heads,
+                ffn=h.ffn,
+                max_length=h.max_length,
+                kv_heads=h.kv_heads,
+                attention=h.attention,
+                tie_embeddings=h.tie_embeddings,
+                initializer_range=h.init_std,
+            )
         )
-        return LlamaForCausalLM(llama_config(**{name: self.hparams[name] for name in names}))
 
     def configure_model(self) -> None:
         """Build the model, once; under Trainer, in the dtype and on the device that its strategy wants."""
