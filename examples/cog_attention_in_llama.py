@@ -18,9 +18,7 @@ config = LlamaConfig(
 model = LlamaForCausalLM(config).eval()
 keep_softmax(model)  # softmax in the first and last layer, as the paper's models have it
 
-tokens = torch.frombuffer(bytearray(b"One head can add some tokens and subtract others."), dtype=torch.uint8).long()[
-    None
-]
+tokens = torch.tensor([list(b"One head can add some tokens and subtract others.")])
 maps = model(tokens, output_attentions=True).attentions
 for layer, weights in enumerate(maps):
     negative = weights.clamp(max=0).abs().sum(-1).mean().item()

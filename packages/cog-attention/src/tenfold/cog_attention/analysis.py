@@ -37,8 +37,8 @@ class WeightStatistics(NamedTuple):
 def weight_statistics(maps: list[Tensor]) -> WeightStatistics:
     """Signs, row sums and the attention sink of each layer's map, as `attention_maps` gives them.
 
-    Softmax has `negative` 0 and `row_sum` 1 in every row. For the sink, 2(H_T − 1)/(T − 1)·½ ≈ ln T / T would be
-    uniform attention's share; a share far above it is a sink.
+    Softmax has `negative` 0 and `row_sum` 1 in every row. Uniform attention would give a sink of (H_T − 1)/(T − 1),
+    H_T being the T-th harmonic number; a value far above that is a sink.
     """
     rows = [w[:, :, 1:] for w in maps]
     sums = [w.sum(-1) for w in rows]

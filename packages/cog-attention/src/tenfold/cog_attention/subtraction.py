@@ -58,9 +58,8 @@ def subtraction_error(
     """
     torch.manual_seed(seed)
     model = Subtractor(dim, heads, attention)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=0.1
-    )  # at 0.03 two softmax heads often stay at one head's optimum
+    # At a rate of 0.03 two softmax heads often stay at one head's optimum.
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         vectors, roles, target = _tokens(256, time, dim)
