@@ -12,7 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from tenfold.core.claims import Run, files, fingerprint
+from tenfold.core import files
+from tenfold.core.claims import Run, fingerprint
 from tenfold.core.claims.progress import RunProgress, duration
 
 CALLS = []
@@ -35,6 +36,10 @@ def diverge():
 
 def text():
     return "not a dict"
+
+
+def parabola(lr, best, seed, limit=1.0):
+    return {"loss": (np.log(lr / best)) ** 2 if lr < limit else None}
 
 
 def opaque():
@@ -164,6 +169,27 @@ def test_bad_results_name_the_measurement_and_leave_nothing(tmp_path, package, f
     assert not list(tmp_path.rglob("*.json"))
 
 
+@pytest.mark.parametrize("best", [3e-4, 1e-3, 2.2e-3, 4e-3, 3e-2])
+def test_tuning_goes_on_until_the_best_rate_is_inside_the_grid(tmp_path, package, best):
+    """A parabola in log lr: the nearest rate of an endless grid with the same steps wins."""
+    run = run_in(tmp_path)
+    chosen = run.tune("t", parabola, "loss", lr=(1e-3, 2e-3, 4e-3), best=best)
+    endless = [1e-3 * 2.0**i for i in range(-8, 9)]
+    assert chosen == pytest.approx(min(endless, key=lambda lr: parabola(lr, best, 0)["loss"]))
+    tried = [json.loads(file.read_text())["settings"]["lr"] for file in tmp_path.rglob("*.json")]
+    assert min(tried) < chosen < max(tried)
+    assert run.tune("t", parabola, "loss", lr=(1e-3, 2e-3, 4e-3), best=best) == chosen  # from what is kept
+
+
+def test_tuning_leaves_out_what_diverged(tmp_path, package):
+    run = run_in(tmp_path)
+    assert run.tune("t", parabola, "loss", lr=(1e-3, 2e-3, 4e-3), best=8e-3, limit=3e-3) == 2e-3
+    with pytest.raises(RuntimeError, match="every training diverged"):
+        run.tune("u", parabola, "loss", lr=(1e-3, 2e-3), best=1e-3, limit=0)
+    with pytest.raises(ValueError, match="lr: expected at least two"):
+        run.tune("u", parabola, "loss", lr=(2e-3, 1e-3), best=1e-3)
+
+
 def test_bad_settings_name_the_measurement(tmp_path, package):
     with pytest.raises(TypeError, match="measurement 'k': settings"):
         run_in(tmp_path).measure("k", double, x=object())
@@ -186,7 +212,8 @@ def stall(self, target):
     Path(sys.argv[1], "ready").touch()
     time.sleep(60)
 Path.replace = stall
-files["write_atomically"](Path(sys.argv[1], "k.json"), "x" * 100_000)
+with files["write_whole"](Path(sys.argv[1], "k.json")) as file:
+    file.write_text("x" * 100_000)
 """
 
 
@@ -208,8 +235,8 @@ def test_a_failed_write_leaves_no_temporary_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="space"):
-        files.write_atomically(tmp_path / "a" / "k.json", "x")
+    with pytest.raises(OSError, match="space"), files.write_whole(tmp_path / "a" / "k.json") as file:
+        file.write_text("x")
     assert list((tmp_path / "a").iterdir()) == []
 
 

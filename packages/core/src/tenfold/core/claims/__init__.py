@@ -2,10 +2,11 @@
 
 from .claim import Claim, Criterion, Interval, above, below, t_interval, within
 from .report import render
-from .run import SEEDS, Budget, ReproduceError, Run, reproduce
+from .run import SEEDS, TUNING_SEED, Budget, ReproduceError, Run, reproduce
 
 __all__ = [
     "SEEDS",
+    "TUNING_SEED",
     "Budget",
     "Claim",
     "Criterion",

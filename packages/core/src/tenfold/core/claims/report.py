@@ -8,8 +8,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..files import write_whole
 from .claim import Claim, format_number
-from .files import write_atomically
 from .progress import duration
 
 FORMAT = 1  # of claims.json; a change that old pages cannot be rebuilt from counts it up
@@ -35,7 +35,8 @@ def render(output: str | Path) -> Path:
     if found != FORMAT:
         raise ValueError(f"{source}: format {found!r}, this version reads {FORMAT}; `tenfold reproduce` makes it anew")
     page = Path(output) / "index.html"
-    write_atomically(page, to_html(report))
+    with write_whole(page) as file:
+        file.write_text(to_html(report), encoding="utf-8")
     return page
 
 

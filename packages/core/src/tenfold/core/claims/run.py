@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -14,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..files import write_whole
 from .claim import Claim
 from .environment import environment, now
-from .files import write_atomically
 from .fingerprint import fingerprint
 from .progress import RunProgress
 from .report import FORMAT, render
@@ -28,6 +29,8 @@ Budget = Literal["quick", "default", "full"]
 
 # Seeds are always 0, 1, 2, ...: how many can be chosen, which ones cannot.
 SEEDS: dict[str, int] = {"quick": 3, "default": 3, "full": 5}
+TUNING_SEED = 1000  # which no claim uses
+EXTENSIONS = 4  # by which `tune` goes beyond the grid it was given, at most
 
 
 class ReproduceError(RuntimeError):
@@ -112,6 +115,47 @@ class Run:
                 self._progress.measured(key, record["seconds"], stored)
         return record["result"]
 
+    def tune(
+        self, key: str, fn: Callable[..., dict[str, Any]], metric: str, /, *, lr: Sequence[float], **settings: Any
+    ) -> float:
+        """The learning rate at which `fn(lr=…, seed=TUNING_SEED, **settings)[metric]` is lowest.
+
+        Where the best of `lr` is its lowest or highest rate, the grid goes on in that direction by its own last
+        step, until it is not: a baseline whose best rate lies at the edge of a grid has not been tuned. All
+        arms of a comparison should start from the same `lr`.
+
+        Args:
+            key: of the measurements: `<key>/lr0.004`.
+            fn: as for `measure`; returns None for `metric` where the training diverged.
+            metric: the entry of the result to make small, on data that no claim reports where there are any.
+            lr: at least two rates, increasing.
+            settings: the other keyword arguments of `fn`.
+
+        Raises:
+            ValueError: `lr` is not increasing, or has fewer than two rates.
+            RuntimeError: every training diverged.
+        """
+        rates = list(lr)
+        if len(rates) < 2 or sorted(set(rates)) != rates or rates[0] <= 0:
+            raise ValueError(f"lr: expected at least two positive rates, increasing, got {lr}")
+        losses: dict[float, float] = {}
+        for extension in range(EXTENSIONS + 1):
+            for rate in rates:
+                if rate not in losses:
+                    loss = self.measure(f"{key}/lr{rate:g}", fn, lr=rate, seed=TUNING_SEED, **settings)[metric]
+                    losses[rate] = math.inf if loss is None else loss
+            best = min(rates, key=losses.__getitem__)
+            if math.isinf(losses[best]):
+                raise RuntimeError(f"{key}: every training diverged, with learning rates {rates}")
+            if best not in (rates[0], rates[-1]) or extension == EXTENSIONS:
+                break
+            self.plan(1)
+            if best == rates[0]:
+                rates.insert(0, _round(rates[0] ** 2 / rates[1]))
+            else:
+                rates.append(_round(rates[-1] ** 2 / rates[-2]))
+        return best
+
     def _path(self, key: str, settings: dict[str, Any]) -> Path:
         if not re.fullmatch(r"\w[\w.=+-]*(/\w[\w.=+-]*)*", key, re.ASCII):
             raise ValueError(f"key: expected letters, digits and '_.=+-' in parts separated by '/', got {key!r}")
@@ -142,7 +186,8 @@ class Run:
             raise ValueError(f"measurement {key!r}: the result holds a number that is not finite") from error
         except TypeError as error:
             raise TypeError(f"measurement {key!r}: the result must be JSON values: {error}") from error
-        write_atomically(path, text)
+        with write_whole(path) as file:
+            file.write_text(text, encoding="utf-8")
         return text
 
 
@@ -194,7 +239,8 @@ def reproduce(
         ),
         "methods": sections,
     }
-    write_atomically(output / "claims.json", json.dumps(report, indent=1, allow_nan=False))
+    with write_whole(output / "claims.json") as file:
+        file.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
     page = render(output)
     _print(sections, page)
     failures = [f"{s['name']}: {f['function']}: {f['error']}" for s in sections for f in s["failures"]]
@@ -244,6 +290,11 @@ def _writable(output: Path) -> Path:
     except OSError as error:
         raise type(error)(f"output: cannot write to {output}: {error.strerror}") from error
     return output
+
+
+def _round(rate: float) -> float:
+    """To six digits: 0.0016² / 0.0008 is to be called 0.0032."""
+    return float(f"{rate:.6g}")
 
 
 def _plain(value: Any) -> Any:

@@ -11,8 +11,9 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..files import write_whole
 from ..training import ResumableDataLoader
-from .cache import cache_folder, write_whole
+from .cache import cache_folder
 from .corpus import Corpus
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 

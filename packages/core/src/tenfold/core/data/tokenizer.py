@@ -12,7 +12,8 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from .cache import cache_folder, write_whole
+from ..files import write_whole
+from .cache import cache_folder
 from .corpus import SEPARATOR, Corpus
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from ..data.cache import write_whole
 from ..errors import UserError
+from ..files import write_whole
 from ..messages import one_line
 from ..methods import Method, configs
 from .callbacks import LastCheckpoint, NonFiniteGuard, RandomState
