@@ -72,7 +72,8 @@ class CausalLM(LightningModule):
     `warmup_steps` and falls on a cosine to `lr · min_lr_ratio` at the end of training.
 
     A subclass that overrides `build` trains any other transformers model whose logits are its output
-    embedding times its last hidden state. After `configure_model`, which Trainer calls, the model is at `lm`,
+    embedding times its last hidden state; its own constructor takes `**others` for the arguments below, which
+    the command line and the saved hyperparameters then show too. After `configure_model`, which Trainer calls, the model is at `lm`,
     and `module.lm.save_pretrained(folder)` writes it for `AutoModelForCausalLM.from_pretrained`.
 
     Args:
@@ -124,21 +125,24 @@ class CausalLM(LightningModule):
 
     def build(self) -> PreTrainedModel:
         """The model to train, with fresh weights: a Llama of the constructor's sizes."""
+        return LlamaForCausalLM(self.llama_config())
+
+    def llama_config(self, **changes) -> LlamaConfig:
+        """A config of the constructor's sizes; `changes` are arguments of the function of the same name."""
         h = self.hparams
-        return LlamaForCausalLM(
-            llama_config(
-                vocab_size=h.vocab_size,
-                layers=h.layers,
-                dim=h.dim,
-                heads=h.heads,
-                ffn=h.ffn,
-                max_length=h.max_length,
-                kv_heads=h.kv_heads,
-                attention=h.attention,
-                tie_embeddings=h.tie_embeddings,
-                initializer_range=h.init_std,
-            )
-        )
+        sizes = {
+            "vocab_size": h.vocab_size,
+            "layers": h.layers,
+            "dim": h.dim,
+            "heads": h.heads,
+            "ffn": h.ffn,
+            "max_length": h.max_length,
+            "kv_heads": h.kv_heads,
+            "attention": h.attention,
+            "tie_embeddings": h.tie_embeddings,
+            "initializer_range": h.init_std,
+        }
+        return llama_config(**sizes | changes)
 
     def configure_model(self) -> None:
         """Build the model, once; under Trainer, in the dtype and on the device that its strategy wants."""

@@ -200,7 +200,7 @@ class _MethodCLI(LightningCLI):
         """The options of a class, of a group of the parser, or at the top."""
         module, _, name = where.rpartition(".")
         if module:
-            return inspect.signature(getattr(import_module(module), name)).parameters
+            return _constructor_options(getattr(import_module(module), name))
         keys = vars(self.parser.get_defaults().as_flat())
         if where:
             return [key.removeprefix(f"{where}.") for key in keys if key.startswith(f"{where}.")]
@@ -215,6 +215,17 @@ class _SaveConfig(SaveConfigCallback):
         with write_whole(folder / "config.yaml") as temporary:
             self.parser.save(self.config, temporary, skip_none=False, overwrite=True, format="yaml")
         _say(f"run folder: {folder}")
+
+
+def _constructor_options(cls: type) -> list[str]:
+    """The keywords a class takes, those that it passes on to its bases as `**others` included."""
+    names: list[str] = []
+    for base in inspect.getmro(cls):
+        parameters = inspect.signature(base.__init__).parameters.values() if "__init__" in vars(base) else ()
+        names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if parameters and all(p.kind != p.VAR_KEYWORD for p in parameters):
+            break
+    return [name for name in dict.fromkeys(names) if name != "self"]
 
 
 def _check_devices(accelerator: Any, devices: Any) -> None:
