@@ -31,7 +31,7 @@ def launches(chip, dtype, dim, hiding):
     x = torch.zeros(1, 2, 256, dim, dtype=dtype)
     mask = torch.ones(1, 2, 256, 256, dtype=torch.bool) if hiding == "mask" else None
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as recorded:
-        patch.setattr(cog, "_architecture", lambda x: chip)
+        patch.setattr(cog, "architecture", lambda x: chip)
         patch.setattr(torch.version, "hip", "6.4" if chip.startswith("gfx") else None)
         out, lse = cog.forward(x, x, x, mask, True, 0.1)
         cog.backward(x, x, x, x, out, lse, mask, True, 0.1)

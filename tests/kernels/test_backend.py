@@ -75,7 +75,7 @@ def test_the_interpreter_takes_cpu_tensors(monkeypatch):
 
 
 def test_the_triton_backend_refuses_float64(monkeypatch):
-    monkeypatch.setattr(backend, "_interpreting", lambda: True)
+    monkeypatch.setattr(backend, "interpreting", lambda: True)
     query = torch.zeros(1, 1, 2, 4, dtype=torch.float64)
     with (
         use_backend("triton"),

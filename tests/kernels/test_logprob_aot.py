@@ -18,7 +18,7 @@ def launches(monkeypatch, chip, dtype, precision, *, bias=False, dim=512):
     """The forward's two launches and the backward's one, as a call on that chip would make them."""
     from tenfold.kernels.logprob import triton as kernels
 
-    monkeypatch.setattr(kernels, "_architecture", lambda x: chip)
+    monkeypatch.setattr(kernels, "architecture", lambda x: chip)
     monkeypatch.setattr(kernels, "_precision", lambda: precision)
     monkeypatch.setattr(kernels, "_multiply", lambda a, b, out: None)  # cuBLAS's part: a CPU has no mixed product
     hidden, weight = torch.zeros(300, dim, dtype=dtype), torch.zeros(1000, dim, dtype=dtype)

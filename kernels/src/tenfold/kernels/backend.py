@@ -48,7 +48,7 @@ def choose_backend(tensor: Tensor) -> Backend:
         return {"cuda": "triton", "cpu": "cpu"}.get(device, "reference")
     if forced == "cpu" and device not in ("cpu", "meta"):
         raise RuntimeError(f"backend 'cpu' was asked for, but the tensors are on {tensor.device}")
-    if forced == "triton" and device not in ("cuda", "meta") and not (device == "cpu" and _interpreting()):
+    if forced == "triton" and device not in ("cuda", "meta") and not (device == "cpu" and interpreting()):
         raise RuntimeError(
             f"backend 'triton' was asked for, but the tensors are on {tensor.device}; it runs on CUDA and ROCm "
             "devices, and on the CPU only in Triton's interpreter (TRITON_INTERPRET=1 before the import)"
@@ -56,8 +56,19 @@ def choose_backend(tensor: Tensor) -> Backend:
     return forced
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def architecture(tensor: Tensor) -> str:
+    """The chip that holds `tensor` as compilers call it, `sm_90` or `gfx942`; `interpreter` for a CPU tensor."""
+    if tensor.device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(tensor.device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return f"sm_{major}{minor}"
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

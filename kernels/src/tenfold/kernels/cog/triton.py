@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _interpreting
+from ..backend import architecture, interpreting
 
 LOG2E = 1.4426950408889634
 MAX_DIM = 256
@@ -152,19 +152,9 @@ def tiles(kernel: str, dtype: torch.dtype, dim: int, architecture: str, precisio
     return table[chip, width][("forward", "dq", "dkdv").index(kernel)]
 
 
-def _architecture(x: Tensor) -> str:
-    """`sm_90`, `gfx942`, …: the name by which compilers call the chip that holds `x`."""
-    if x.device.type != "cuda":
-        return "interpreter"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(x.device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return f"sm_{major}{minor}"
-
-
 def _readable(x: Tensor) -> Tensor:
     """`x` with a vector's elements side by side, which wide loads need; copied only where they are not."""
-    if x.dtype == torch.bfloat16 and _interpreting():
+    if x.dtype == torch.bfloat16 and interpreting():
         x = x.float()  # the interpreter multiplies bfloat16's bits as integers, without a word
     return x if x.stride(3) == 1 and x.stride(2) <= MAX_STRIDE else x.contiguous()
 
@@ -179,7 +169,7 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, int, int, int, 
 
 def _options(kernel: str, q: Tensor, mask: Tensor | None, causal: bool) -> dict[str, object]:
     """What is compiled in, and how."""
-    rows, keys, warps, stages = tiles(kernel, q.dtype, q.shape[-1], _architecture(q), _precision())
+    rows, keys, warps, stages = tiles(kernel, q.dtype, q.shape[-1], architecture(q), _precision())
     return {
         "CAUSAL": causal,
         "MASK": mask is not None,

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _interpreting
+from ..backend import architecture, interpreting
 
 PROGRAMS = 1024  # of the forward, about: a few for each multiprocessor of the largest chips
 BUFFER = 1 << 26  # scores that the backward holds, or 128 rows of them: 256 MB, and 128 MB in half precision
@@ -39,7 +39,7 @@ def forward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
     logp = torch.empty(N, dtype=torch.float32, device=hidden.device)
     if N == 0:
         return logp
-    rows, columns, depth, warps, stages = tiles(hidden.dtype, _architecture(hidden))
+    rows, columns, depth, warps, stages = tiles(hidden.dtype, architecture(hidden))
     blocks, parts = triton.cdiv(N, rows), triton.cdiv(V, columns)
     share = triton.cdiv(parts, triton.cdiv(PROGRAMS, blocks))  # tiles of the vocabulary for one program
     shares = triton.cdiv(parts, share)
@@ -117,16 +117,6 @@ def tiles(dtype: torch.dtype, architecture: str) -> tuple[int, int, int, int, in
     return (128, 128, 32, 8, 2 if architecture.startswith("gfx") else 3)
 
 
-def _architecture(x: Tensor) -> str:
-    """`sm_90`, `gfx942`, …: the name by which compilers call the chip that holds `x`."""
-    if x.device.type != "cuda":
-        return "interpreter"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(x.device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return f"sm_{major}{minor}"
-
-
 def _precision() -> str:
     """How float32 is multiplied: torch's own switch. AMD's matrix units take float32 as it is."""
     if torch.version.hip:
@@ -136,7 +126,7 @@ def _precision() -> str:
 
 def _readable(x: Tensor) -> Tensor:
     """`x` row by row; in float32 for the interpreter, which multiplies the bits of bfloat16 as integers."""
-    return (x.float() if _interpreting() else x).contiguous()
+    return (x.float() if interpreting() else x).contiguous()
 
 
 def _multiply(a: Tensor, b: Tensor, *, out: Tensor) -> None:

@@ -73,8 +73,9 @@ class CausalLM(LightningModule):
 
     A subclass that overrides `build` trains any other transformers model whose logits are its output
     embedding times its last hidden state; its own constructor takes `**others` for the arguments below, which
-    the command line and the saved hyperparameters then show too. After `configure_model`, which Trainer calls, the model is at `lm`,
-    and `module.lm.save_pretrained(folder)` writes it for `AutoModelForCausalLM.from_pretrained`.
+    the command line and the saved hyperparameters then show too. After `configure_model`, which Trainer calls,
+    the model is at `lm`, and `module.lm.save_pretrained(folder)` writes it for
+    `AutoModelForCausalLM.from_pretrained`.
 
     Args:
         vocab_size: tokens; that of the data.
