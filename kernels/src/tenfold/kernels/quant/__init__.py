@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ..backend import choose_backend
 from . import codes as coding
-from . import reference
+from . import cpu, reference
 from .formats import FloatFormat, Format
 from .matmul import quant_matmul
 from .philox import random_words
-from .scales import scale_shape, scales_of, split, split_scale
+from .scales import scale_shape, scaled_limit, scales_of, split, split_scale
 
 __all__ = ["FloatFormat", "Format", "Quantized", "dequantize", "fake_quantize", "quant_matmul", "quantize"]
 
@@ -160,8 +160,11 @@ def _fake_quantize(
     backend: str,
 ) -> Tensor:
     fmt = FloatFormat.parse(format)
-    groups, scales = _groups(x, given, fmt, scale, block_size, axis, scale_rounding)
-    return _rounded(groups, scales, seed, fmt, rounding, backend).view(x.shape)
+    groups, scales = _groups(x, given, fmt, scale, block_size, axis, scale_rounding, backend)
+    limit = _limit(fmt, x.dtype, scales)
+    if backend == "cpu":
+        return cpu.fake_quantize(groups, scales, fmt, limit, rounding, seed).view(x.shape)
+    return reference.fake_quantize(groups, scales, fmt, limit, rounding, _words(x, seed)).view(x.shape)
 
 
 @_fake_quantize.register_fake
@@ -192,13 +195,16 @@ def _quantize(
     """Packed codes and scales; a scale of 1, or NaN, if there is none."""
     fmt = FloatFormat.parse(format)
     wide = torch.promote_types(x.dtype, torch.float32)
-    groups, scales = _groups(x, given, fmt, scale, block_size, axis, scale_rounding)
-    scaled = groups.to(wide) if scales is None else groups.to(wide) * scales
-    limit = fmt.largest_within(torch.finfo(x.dtype if scales is None else wide).max)
-    words = _words(groups, seed, rounding)
-    y = reference.round_to_format(scaled, fmt, limit, rounding, words)
-    rows = y.view(x.shape if x.dim() else (1,))
-    packed = coding.pack(coding.encode(rows, fmt), fmt.bits)
+    groups, scales = _groups(x, given, fmt, scale, block_size, axis, scale_rounding, backend)
+    limit = _limit(fmt, x.dtype, scales)
+    codes = torch.empty(groups.shape, dtype=torch.int16 if fmt.bits > 8 else torch.uint8, device=x.device)
+    if backend == "cpu":
+        for place, y, _ in cpu.rounded(groups, scales, fmt, limit, rounding, seed):
+            codes[place].copy_(coding.encode(y, fmt))
+    else:
+        scaled = groups.to(wide) if scales is None else groups.to(wide) * scales
+        codes.copy_(coding.encode(reference.round_to_format(scaled, fmt, limit, rounding, _words(x, seed)), fmt))
+    packed = coding.pack(codes.view(x.shape if x.dim() else (1,)), fmt.bits)
     if given is not None:
         scales = given.to(wide).clone()
     elif scales is None:
@@ -216,7 +222,7 @@ def _(x, given, seed, format, scale, block_size, axis, rounding, scale_rounding,
     return x.new_empty((*x.shape[:-1], last), dtype=torch.uint8), x.new_empty(shape, dtype=wide)
 
 
-def _groups(x, given, format, scale, block_size, axis, scale_rounding) -> tuple[Tensor, Tensor | None]:
+def _groups(x, given, format, scale, block_size, axis, scale_rounding, backend) -> tuple[Tensor, Tensor | None]:
     """X as `(rows, length, columns)`, and S as `(rows, 1, columns)`."""
     if given is not None:
         scales, shape = split_scale(given.to(torch.promote_types(x.dtype, torch.float32)), x.shape)
@@ -224,19 +230,17 @@ def _groups(x, given, format, scale, block_size, axis, scale_rounding) -> tuple[
     groups = split(x, scale, block_size, axis)
     if scale is None or x.numel() == 0:
         return groups, None
-    absmax = groups.abs().amax(1, keepdim=True)
+    absmax = cpu.absmax(groups) if backend == "cpu" else groups.abs().amax(1, keepdim=True)
     return groups, scales_of(absmax, format, scale_rounding, x.dtype)
 
 
-def _rounded(groups, scales, seed, format, rounding, backend) -> Tensor:
-    wide = torch.promote_types(groups.dtype, torch.float32)
-    limit = format.largest_within(torch.finfo(groups.dtype if scales is None else wide).max)
-    words = _words(groups, seed, rounding)
-    return reference.fake_quantize(groups, scales, format, limit, rounding, words)
+def _limit(format: FloatFormat, dtype: torch.dtype, scales: Tensor | None) -> float:
+    """The largest magnitude that rounding gives: without a scale, it has to fit x's own dtype."""
+    return scaled_limit(format, dtype if scales is None else torch.promote_types(dtype, torch.float32))
 
 
-def _words(groups: Tensor, seed: Tensor | None, rounding: str) -> Tensor | None:
-    return random_words(seed, 0, groups.numel()).view(groups.shape) if rounding == "stochastic" else None
+def _words(x: Tensor, seed: Tensor | None) -> Tensor | None:
+    return None if seed is None else random_words(seed, 0, x.numel())
 
 
 def _checked(x, format, scale, block_size, axis, rounding, scale_rounding, generator) -> tuple[object, ...]:

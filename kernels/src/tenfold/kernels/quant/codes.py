@@ -9,22 +9,27 @@ from .formats import FloatFormat
 
 
 def encode(x: Tensor, format: FloatFormat) -> Tensor:
-    """The codes, int32, of float32 or float64 numbers that are in the format. NaN gets the code of NaN, if any."""
+    """The codes, int32, of numbers that are in the format. NaN gets the code of NaN, or of 0 if there is none."""
     M = format.mantissa_bits
-    magnitude = x.double().abs().nan_to_num(nan=0.0)
-    fraction, exponent = torch.frexp(magnitude)
-    above = (exponent - 1 - format.min_exponent).clamp(min=0) * (fraction != 0)
-    steps = torch.ldexp(magnitude, M - format.min_exponent - above)
-    code = (steps + above * 2**M).to(torch.int32)
-    if format.specials != "none":
-        quiet = format.max_code + (1 if format.specials == "nan" else 1 + max(1, 2 ** (M - 1)))
-        code = torch.where(x.isnan(), quiet, code)
-    return code | (x.signbit().to(torch.int32) << (format.bits - 1))
+    x = x.float()  # which has all the numbers
+    bits = x.view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    if format.exponent_bits == 8:  # float32's own exponents
+        code = magnitude >> (23 - M)
+    else:
+        lowest = (127 + format.min_exponent) << 23
+        exponent = (magnitude & 0x7F800000).clamp_(min=lowest)
+        steps = x.abs() * (((254 + M) << 23) - exponent).view(torch.float32)  # x / step
+        code = steps.to(torch.int32) + ((exponent - lowest) >> (23 - M))
+    nan = {"none": 0, "nan": format.max_code + 1, "ieee": format.max_code + 1 + 2**M // 2}[format.specials]
+    code = torch.where(magnitude > 0x7F800000, nan, code)
+    return code | ((bits < 0).to(torch.int32) << (format.bits - 1))
 
 
 def decode(codes: Tensor, format: FloatFormat, dtype: torch.dtype) -> Tensor:
     """The numbers of integer codes; infinity for those of e8m* that are beyond `dtype`."""
-    return format.values().to(codes.device, dtype)[codes.long()]
+    table = format.values().to(codes.device, dtype)
+    return table.index_select(0, codes.reshape(-1)).view(codes.shape)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -23,7 +23,7 @@ def round_to_format(x: Tensor, format: FloatFormat, limit: float, rounding: str,
     k = (magnitude / step).floor()
     f = magnitude / step - k
     if rounding == "stochastic":
-        up = (words >> 8) * 2.0**-24 < f
+        up = (words >> 8).view(x.shape) * 2.0**-24 < f
     elif rounding == "away":
         up = f >= 0.5
     else:

@@ -65,8 +65,8 @@ def scales_of(absmax: Tensor, format: FloatFormat, scale_rounding: str, dtype: t
 
 
 def scaled_limit(format: FloatFormat, dtype: torch.dtype) -> float:
-    """What the largest magnitude of a group is scaled to: the format's, or what `dtype` has of it."""
-    return format.largest_within(torch.finfo(dtype).max)
+    """The largest number of the format that `dtype` has, and float32."""
+    return format.largest_within(min(torch.finfo(dtype).max, torch.finfo(torch.float32).max))
 
 
 @lru_cache
