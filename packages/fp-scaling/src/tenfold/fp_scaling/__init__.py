@@ -3,6 +3,9 @@
 from .baselines import ChinchillaLaw, PrecisionLaw
 from .fitting import Estimate, extrapolation_error, held_out_error
 from .law import Allocation, ScalingLaw, Split
+from .linear import QuantLinear, dequantize_, quant_linear, quantize_linears_
+from .module import QuantizedLM
+from .recipe import QuantRecipe
 from .table import RunTable
 
 __all__ = [
@@ -10,9 +13,15 @@ __all__ = [
     "ChinchillaLaw",
     "Estimate",
     "PrecisionLaw",
+    "QuantLinear",
+    "QuantRecipe",
+    "QuantizedLM",
     "RunTable",
     "ScalingLaw",
     "Split",
+    "dequantize_",
     "extrapolation_error",
     "held_out_error",
+    "quant_linear",
+    "quantize_linears_",
 ]
