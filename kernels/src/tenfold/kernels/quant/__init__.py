@@ -95,7 +95,7 @@ def fake_quantize(
         tensor([ 0.5000,  1.0000,  2.0000, -6.0000])
     """
     arguments = _checked(x, format, scale, block_size, axis, rounding, scale_rounding, generator)
-    return _fake_quantize(x, *arguments, choose_backend(x))
+    return _fake_quantize(x, *arguments, _backend(x))
 
 
 def quantize(
@@ -125,7 +125,7 @@ def quantize(
         0.78125
     """
     arguments = _checked(x, format, scale, block_size, axis, rounding, scale_rounding, generator)
-    packed, scales = _quantize(x.detach(), *arguments, choose_backend(x))
+    packed, scales = _quantize(x.detach(), *arguments, _backend(x))
     kind = None if isinstance(scale, Tensor) else scale
     if scale is None and FloatFormat.parse(format).specials != "none":
         scales = None
@@ -160,8 +160,17 @@ def _fake_quantize(
     backend: str,
 ) -> Tensor:
     fmt = FloatFormat.parse(format)
-    groups, scales = _groups(x, given, fmt, scale, block_size, axis, scale_rounding, backend)
-    limit = _limit(fmt, x.dtype, scales)
+    groups, scales = _groups(x, given, scale, block_size, axis)
+    limit = _limit(fmt, x.dtype, scaled=given is not None or scale is not None)
+    if backend == "triton":
+        from . import triton
+
+        scaling = None if scale is None else scale_rounding
+        options = {"scale_rounding": scaling, "output": "number", "dtype": x.dtype}
+        out, _ = triton.quantize(groups, scales, seed, fmt, limit, rounding, **options)
+        return out.view(x.shape)
+    if scale is not None:
+        scales = _scales(groups, fmt, scale_rounding, backend)
     if backend == "cpu":
         return cpu.fake_quantize(groups, scales, fmt, limit, rounding, seed).view(x.shape)
     return reference.fake_quantize(groups, scales, fmt, limit, rounding, _words(x, seed)).view(x.shape)
@@ -195,15 +204,25 @@ def _quantize(
     """Packed codes and scales; a scale of 1, or NaN, if there is none."""
     fmt = FloatFormat.parse(format)
     wide = torch.promote_types(x.dtype, torch.float32)
-    groups, scales = _groups(x, given, fmt, scale, block_size, axis, scale_rounding, backend)
-    limit = _limit(fmt, x.dtype, scales)
-    codes = torch.empty(groups.shape, dtype=torch.int16 if fmt.bits > 8 else torch.uint8, device=x.device)
-    if backend == "cpu":
-        for place, y, _ in cpu.rounded(groups, scales, fmt, limit, rounding, seed):
-            codes[place].copy_(coding.encode(y, fmt))
+    groups, scales = _groups(x, given, scale, block_size, axis)
+    limit = _limit(fmt, x.dtype, scaled=given is not None or scale is not None)
+    kind = torch.int16 if fmt.bits > 8 else torch.uint8
+    if backend == "triton":
+        from . import triton
+
+        scaling = None if scale is None else scale_rounding
+        options = {"scale_rounding": scaling, "output": "code", "dtype": kind}
+        codes, scales = triton.quantize(groups, scales, seed, fmt, limit, rounding, **options)
     else:
-        scaled = groups.to(wide) if scales is None else groups.to(wide) * scales
-        codes.copy_(coding.encode(reference.round_to_format(scaled, fmt, limit, rounding, _words(x, seed)), fmt))
+        if scale is not None:
+            scales = _scales(groups, fmt, scale_rounding, backend)
+        codes = torch.empty(groups.shape, dtype=kind, device=x.device)
+        if backend == "cpu":
+            for place, y, _ in cpu.rounded(groups, scales, fmt, limit, rounding, seed):
+                codes[place].copy_(coding.encode(y, fmt))
+        else:
+            scaled = groups.to(wide) if scales is None else groups.to(wide) * scales
+            codes.copy_(coding.encode(reference.round_to_format(scaled, fmt, limit, rounding, _words(x, seed)), fmt))
     packed = coding.pack(codes.view(x.shape if x.dim() else (1,)), fmt.bits)
     if given is not None:
         scales = given.to(wide).clone()
@@ -222,25 +241,37 @@ def _(x, given, seed, format, scale, block_size, axis, rounding, scale_rounding,
     return x.new_empty((*x.shape[:-1], last), dtype=torch.uint8), x.new_empty(shape, dtype=wide)
 
 
-def _groups(x, given, format, scale, block_size, axis, scale_rounding, backend) -> tuple[Tensor, Tensor | None]:
-    """X as `(rows, length, columns)`, and S as `(rows, 1, columns)`."""
-    if given is not None:
-        scales, shape = split_scale(given.to(torch.promote_types(x.dtype, torch.float32)), x.shape)
-        return x.contiguous().view(shape), scales
-    groups = split(x, scale, block_size, axis)
-    if scale is None or x.numel() == 0:
-        return groups, None
+def _groups(x: Tensor, given: Tensor | None, scale: str | None, block_size: int, axis: int):
+    """X as `(rows, length, columns)`, and the S that were given, as `(rows, 1, columns)`."""
+    if given is None:
+        return split(x, scale, block_size, axis), None
+    scales, shape = split_scale(given.to(torch.promote_types(x.dtype, torch.float32)), x.shape)
+    return x.contiguous().view(shape), scales
+
+
+def _scales(groups: Tensor, format: FloatFormat, scale_rounding: str, backend: str) -> Tensor | None:
+    if groups.numel() == 0:
+        return groups.new_empty(
+            groups.shape[0], 1, groups.shape[2], dtype=torch.promote_types(groups.dtype, torch.float32)
+        )
     absmax = cpu.absmax(groups) if backend == "cpu" else groups.abs().amax(1, keepdim=True)
-    return groups, scales_of(absmax, format, scale_rounding, x.dtype)
+    return scales_of(absmax, format, scale_rounding, groups.dtype)
 
 
-def _limit(format: FloatFormat, dtype: torch.dtype, scales: Tensor | None) -> float:
+def _limit(format: FloatFormat, dtype: torch.dtype, scaled: bool) -> float:
     """The largest magnitude that rounding gives: without a scale, it has to fit x's own dtype."""
-    return scaled_limit(format, dtype if scales is None else torch.promote_types(dtype, torch.float32))
+    return scaled_limit(format, torch.promote_types(dtype, torch.float32) if scaled else dtype)
 
 
 def _words(x: Tensor, seed: Tensor | None) -> Tensor | None:
     return None if seed is None else random_words(seed, 0, x.numel())
+
+
+def _backend(x: Tensor) -> str:
+    backend = choose_backend(x)
+    if backend == "triton" and x.dtype == torch.float64:
+        raise TypeError("x: float64 is not supported by the triton backend; use_backend('reference') takes it")
+    return backend
 
 
 def _checked(x, format, scale, block_size, axis, rounding, scale_rounding, generator) -> tuple[object, ...]:

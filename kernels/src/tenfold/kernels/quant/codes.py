@@ -19,11 +19,17 @@ def encode(x: Tensor, format: FloatFormat) -> Tensor:
     else:
         lowest = (127 + format.min_exponent) << 23
         exponent = (magnitude & 0x7F800000).clamp_(min=lowest)
-        steps = x.abs() * (((254 + M) << 23) - exponent).view(torch.float32)  # x / step
+        step = exponent - (M << 23)
+        steps = x.abs() * ((254 << 23) - step).view(torch.float32)
         code = steps.to(torch.int32) + ((exponent - lowest) >> (23 - M))
-    nan = {"none": 0, "nan": format.max_code + 1, "ieee": format.max_code + 1 + 2**M // 2}[format.specials]
-    code = torch.where(magnitude > 0x7F800000, nan, code)
-    return code | ((bits < 0).to(torch.int32) << (format.bits - 1))
+    code |= (bits < 0).to(torch.int32) << (format.bits - 1)
+    return torch.where(magnitude > 0x7F800000, nan_code(format), code)
+
+
+def nan_code(format: FloatFormat) -> int:
+    """The code of a quiet NaN, without its sign; that of 0 in formats that have none."""
+    infinity = format.max_code + 1
+    return {"none": 0, "nan": infinity, "ieee": infinity + 2**format.mantissa_bits // 2}[format.specials]
 
 
 def decode(codes: Tensor, format: FloatFormat, dtype: torch.dtype) -> Tensor:

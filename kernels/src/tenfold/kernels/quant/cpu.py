@@ -99,7 +99,7 @@ def _round(
             exponent.add_(((23 - M) << 23) | 0x400000)
             y.add_(a).sub_(a)
         else:
-            exponent.neg_().add_((254 + M) << 23)  # a = 1 / step
+            exponent.sub_(M << 23).neg_().add_(254 << 23)  # a = 1 / step
             y.abs_().mul_(a)
             if rounding == "away":
                 y.add_(BELOW_HALF).floor_()

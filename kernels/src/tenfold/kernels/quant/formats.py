@@ -135,11 +135,6 @@ class FloatFormat:
         return 1 - self.bias
 
     @property
-    def max_exponent(self) -> int:
-        """The power of two of the largest number."""
-        return max(self.max_code >> self.mantissa_bits, 1) - self.bias - (self.exponent_bits == 0)
-
-    @property
     def max_code(self) -> int:
         """The code of the largest number; numbers and their codes are in the same order."""
         reserved = {"none": 0, "nan": 1, "ieee": 2**self.mantissa_bits}[self.specials]

@@ -54,9 +54,10 @@ def scales_of(absmax: Tensor, format: FloatFormat, scale_rounding: str, dtype: t
     top = scaled_limit(format, absmax.dtype)
     low, high = scale_bounds(format, scale_rounding, dtype)
     if scale_rounding == "mx":
-        scales = _power(format.max_exponent - (torch.frexp(absmax).exponent - 1))
+        scales = _power(math.frexp(top)[1] - torch.frexp(absmax).exponent)
     else:
-        scales = (top / absmax).clamp(max=high)
+        # A number over a tensor would be its reciprocal times the number: two roundings.
+        scales = (torch.full_like(absmax, top) / absmax).clamp(max=high)
         if scale_rounding == "power_of_two":
             scales = _power(torch.frexp(scales).exponent - 1)
     scales = scales.clamp(low, high).to(absmax.dtype)
