@@ -59,8 +59,7 @@ class PrecisionLaw(Law):
     @classmethod
     def features(cls, table: RunTable, *, alpha: float, beta: float, gamma: float) -> np.ndarray:
         """N_eff^-α, D^-β, 1."""
-        # |γ|: steps of the fit past 0 come back from it.
-        effective = table.params * -np.expm1(-_bits(table) / max(abs(gamma), 1e-3))
+        effective = table.params * -np.expm1(-_bits(table) / max(gamma, 1e-3))
         return np.stack([effective**-alpha, table.tokens**-beta, np.ones(len(table))], axis=1)
 
     def predict(self, table: RunTable) -> np.ndarray:

@@ -34,7 +34,7 @@ def train(
     seed: int,
     fmt: str | None = None,
     targets: list[str] | tuple[str, ...] = TARGETS,
-    scale: str | None = "channel",
+    scale: str | None = "block",
     block_size: int = 32,
     path: str | None = None,
 ) -> dict[str, Any]:
@@ -43,22 +43,38 @@ def train(
     With equal `model`, `steps`, `lr` and `seed`, initial weights and the order of the data are equal whatever the
     quantization: such runs are pairs.
     """
-    sizes = shape(model)
-    data = TextDataModule(path, length=LENGTH, batch_size=BATCH, vocab_size=VOCAB, val_fraction=0.03, seed=seed)
-    module = QuantizedLM(
-        vocab_size=VOCAB,
-        max_length=LENGTH,
-        fmt=fmt,
-        targets=tuple(targets),
-        scale=scale,
-        block_size=block_size,
-        init_std=0.02 * (768 / sizes["dim"]) ** 0.5,
-        lr=lr,
-        warmup_steps=max(1, steps // 10),
-        **sizes,
-    )
+    quantization = {"fmt": fmt, "targets": tuple(targets), "scale": scale, "block_size": block_size}
+    module, data = _model(model, steps, lr, seed, path, **quantization)
     try:
         metrics = fit(module, data, steps=steps, seed=seed, clip=1.0)
     except NonFiniteError:
         metrics = {"val/loss": None}
     return {"loss": metrics["val/loss"], "params": count_params(module.lm), "tokens": steps * TOKENS_PER_STEP}
+
+
+def twins(*, formats: list[str], model: str, steps: int, lr: float, seed: int) -> dict[str, Any]:
+    """Train one model in two formats; how many of the trained weights differ in any bit, and the losses."""
+    weights, losses = [], []
+    for fmt in formats:
+        module, data = _model(model, steps, lr, seed, None, fmt=fmt, scale="block", block_size=32)
+        losses.append(fit(module, data, steps=steps, seed=seed, clip=1.0)["val/loss"])
+        weights.append([p.detach() for p in module.parameters()])
+    different = sum((a != b).sum().item() for a, b in zip(*weights, strict=True))
+    return {"different": different, "weights": sum(w.numel() for w in weights[0]), "losses": losses}
+
+
+def _model(
+    model: str, steps: int, lr: float, seed: int, path: str | None, **quantization: Any
+) -> tuple[QuantizedLM, TextDataModule]:
+    sizes = shape(model)
+    data = TextDataModule(path, length=LENGTH, batch_size=BATCH, vocab_size=VOCAB, val_fraction=0.02, seed=seed)
+    module = QuantizedLM(
+        vocab_size=VOCAB,
+        max_length=LENGTH,
+        init_std=0.02 * (768 / sizes["dim"]) ** 0.5,  # 0.02 is for widths of a thousand
+        lr=lr,
+        warmup_steps=max(1, steps // 10),
+        **sizes,
+        **quantization,
+    )
+    return module, data

@@ -217,12 +217,14 @@ def _refine(
     target = np.log(table.loss)
 
     def residuals(x: np.ndarray) -> np.ndarray:
-        matrix = kind.features(table, **dict(zip(names, x[: len(names)], strict=True)))
         with np.errstate(all="ignore"):  # a step too far is refused for its large residuals
+            matrix = kind.features(table, **dict(zip(names, x[: len(names)], strict=True)))
             predicted = matrix @ np.exp(x[len(names) :])
             return np.nan_to_num(np.log(predicted) - target, nan=1e3, posinf=1e3, neginf=-1e3)
 
-    found = least_squares(residuals, start, loss="huber", f_scale=HUBER, x_scale="jac", max_nfev=400)
+    lowest = np.where(np.arange(len(start)) < len(names), 0.0, -np.inf)  # exponents are not negative
+    options = {"loss": "huber", "f_scale": HUBER, "x_scale": "jac", "max_nfev": 400}
+    found = least_squares(residuals, np.maximum(start, lowest + 1e-6), bounds=(lowest, np.inf), **options)
     return found.cost, found.x
 
 

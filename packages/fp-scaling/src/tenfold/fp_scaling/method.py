@@ -4,6 +4,8 @@ from lightning import LightningDataModule, LightningModule
 
 from tenfold.core.methods import Method
 
+from . import claims
+from .sweep import sweep
 from .verbs import fit_law, plan
 
 METHOD = Method(
@@ -13,5 +15,14 @@ METHOD = Method(
     module=LightningModule,
     datamodule=LightningDataModule,
     package="tenfold.fp_scaling",
-    verbs={"plan": plan, "fit-law": fit_law},
+    claims=(
+        claims.exponent_or_mantissa,
+        claims.targets,
+        claims.block_size,
+        claims.data_and_parameters,
+        claims.law_on_held_out_runs,
+        claims.more_data_hurts,
+        claims.one_exponent_bit_is_none,
+    ),
+    verbs={"plan": plan, "sweep": sweep, "fit-law": fit_law},
 )
