@@ -9,7 +9,7 @@ from tenfold.core.training import NonFiniteError, fit
 from .module import QuantizedLM, count_params
 from .recipe import TARGETS
 
-VOCAB, LENGTH, BATCH = 512, 128, 8
+VOCAB, LENGTH, BATCH = 512, 64, 8
 TOKENS_PER_STEP = LENGTH * BATCH
 
 

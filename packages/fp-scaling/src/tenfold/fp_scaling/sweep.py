@@ -36,7 +36,7 @@ def sweep(
 
     Args:
         models: LAYERSxWIDTH, such as 4x64; the width a multiple of 32, the feed-forward 3 times as wide.
-        tokens: to train on, rounded to whole batches of 1024.
+        tokens: to train on, rounded to whole batches of 512.
         formats: of the quantized operands P2, P4 and P6 (e2m1, e4m3), and float32 for no quantization.
         block_sizes: elements that share a scale, and `channel` for one scale per channel.
         seeds: runs of each, with seeds 0, 1, ...; runs of one seed share initial weights and data.
