@@ -114,8 +114,8 @@ def quantize(
     `dequantize(quantize(x, …))` is `fake_quantize(x, …)`, bit for bit. Memory is `bits / 8` bytes per element, each
     row along the last dimension rounded up to whole bytes, and 4 per scale: `nbytes` counts it.
 
-    NaN without a scale has a code only in formats that have one; in the others it makes the scale NaN, and so
-    the whole of the dequantized tensor. No gradient.
+    Without a scale or with a given one, NaN has a code only in formats that have one; in the others it makes the
+    scales NaN, and so the whole of the dequantized tensor. No gradient.
 
     Args and errors: as for `fake_quantize`.
 
@@ -224,10 +224,11 @@ def _quantize(
             scaled = groups.to(wide) if scales is None else groups.to(wide) * scales
             codes.copy_(coding.encode(reference.round_to_format(scaled, fmt, limit, rounding, _words(x, seed)), fmt))
     packed = coding.pack(codes.view(x.shape if x.dim() else (1,)), fmt.bits)
-    if given is not None:
-        scales = given.to(wide).clone()
-    elif scales is None:
-        scales = torch.where(x.isnan().any(), torch.nan, 1.0).to(wide)
+    if scale is None:
+        scales = torch.ones((), device=x.device) if given is None else given
+        if fmt.specials == "none":
+            scales = torch.where(x.isnan().any(), torch.nan, scales)
+        scales = scales.to(wide, copy=True)
     else:
         scales = scales.reshape(scale_shape(x.shape, scale, block_size, axis))
     return packed, scales
@@ -251,9 +252,8 @@ def _groups(x: Tensor, given: Tensor | None, scale: str | None, block_size: int,
 
 def _scales(groups: Tensor, format: FloatFormat, scale_rounding: str, backend: str) -> Tensor | None:
     if groups.numel() == 0:
-        return groups.new_empty(
-            groups.shape[0], 1, groups.shape[2], dtype=torch.promote_types(groups.dtype, torch.float32)
-        )
+        wide = torch.promote_types(groups.dtype, torch.float32)
+        return groups.new_ones(groups.shape[0], 1, groups.shape[2], dtype=wide)
     absmax = cpu.absmax(groups) if backend == "cpu" else groups.abs().amax(1, keepdim=True)
     return scales_of(absmax, format, scale_rounding, groups.dtype)
 

@@ -36,10 +36,10 @@ def absmax(groups: Tensor) -> Tensor:
     rows, _, columns = groups.shape
     found = torch.zeros(rows, 1, columns, dtype=kind)
     scratch = torch.empty(_largest(groups), dtype=kind)
-    for block, part in _pieces(groups):
+    for (row, _), part in _pieces(groups):
         magnitudes = scratch[: part.numel()].view(part.shape)
         torch.bitwise_and(part.view(kind), torch.iinfo(kind).max, out=magnitudes)
-        torch.maximum(found[block], magnitudes.amax(1, keepdim=True), out=found[block])
+        torch.maximum(found[row], magnitudes.amax(1, keepdim=True), out=found[row])
     return found.view(groups.dtype)
 
 
@@ -69,7 +69,7 @@ def rounded(
         if s is None or part.dtype != wide:
             y.copy_(part)
         if s is not None:
-            torch.mul(y if part.dtype != wide else part, s if s.numel() > 1 else s.item(), out=y)
+            torch.mul(y if part.dtype != wide else part, s.item() if s.numel() == 1 else s, out=y)
         words = random_words(seed, first, part.numel()).view(part.shape) if rounding == "stochastic" else None
         first += part.numel()
         if direct:
@@ -119,8 +119,10 @@ def _largest(groups: Tensor) -> int:
 def _pieces(groups: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
     """Views of consecutive elements, and their places: some rows, or part of one, of all columns."""
     rows, length, columns = groups.shape
+    if groups.numel() == 0:
+        return
     if length * columns <= PIECE:
-        step = PIECE // max(1, length * columns)
+        step = PIECE // (length * columns)
         for i in range(0, rows, step):
             yield (slice(i, i + step), slice(None)), groups[i : i + step]
         return

@@ -1,6 +1,7 @@
 """Which elements share a scale, and what the scale is."""
 
 import math
+from fractions import Fraction
 from functools import lru_cache
 
 import torch
@@ -78,13 +79,14 @@ def scale_bounds(format: FloatFormat, scale_rounding: str, dtype: torch.dtype) -
     the largest of all, the upper to subnormal ones.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    low = scaled_limit(format, wide) / torch.finfo(dtype).max
+    least = Fraction(scaled_limit(format, wide)) / Fraction(torch.finfo(dtype).max)
     if scale_rounding == "exact":
-        nearest = torch.tensor(low, dtype=torch.float64).to(wide)
-        low = float(nearest if float(nearest) >= low else torch.nextafter(nearest, nearest.new_tensor(torch.inf)))
+        nearest = torch.tensor(float(least), dtype=torch.float64).to(wide)
+        above = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
+        low = float(nearest if Fraction(float(nearest)) >= least else above)
     else:
-        fraction, exponent = math.frexp(low)
-        low = 2.0 ** (exponent - (fraction == 0.5))
+        power = math.frexp(float(least))[1] - 1
+        low = 2.0 ** (power if Fraction(2) ** power >= least else power + 1)
     return low, 2.0 ** (math.frexp(torch.finfo(wide).max)[1] - 1)
 
 

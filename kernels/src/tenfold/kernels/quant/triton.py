@@ -57,13 +57,13 @@ def quantize(
     out = torch.empty(groups.shape, dtype=dtype, device=groups.device)
     computed = scales is None and scale_rounding is not None
     whole = triton.next_power_of_2(length) * (16 if columns > 1 else 1) <= 2 * TILE
+    if groups.numel() == 0:
+        return out, torch.ones(rows, 1, columns, device=groups.device) if computed else scales
     if computed and not whole:
         low, high = torch.aminmax(groups, dim=1, keepdim=True)
         scales = scales_of(torch.maximum(-low, high), format, scale_rounding, groups.dtype)
     elif computed:
-        scales = torch.empty(rows, 1, columns, dtype=torch.float32, device=groups.device)
-    if groups.numel() == 0:
-        return out, scales
+        scales = torch.empty(rows, 1, columns, device=groups.device)
     block_l = triton.next_power_of_2(length)
     if not (computed and whole):
         block_l = min(block_l, 64 if columns > 1 else TILE)
