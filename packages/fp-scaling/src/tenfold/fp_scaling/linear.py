@@ -56,8 +56,7 @@ def quant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: QuantRe
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-    out = _QuantizedProduct.apply(x.flatten(0, -2) if x.dim() != 2 else x, weight, recipe)
-    out = out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
+    out = _QuantizedProduct.apply(x.reshape(-1, x.shape[-1]), weight, recipe).reshape(*x.shape[:-1], -1)
     return out if bias is None else out + bias
 
 
