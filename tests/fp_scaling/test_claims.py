@@ -21,7 +21,7 @@ def follows_the_law(*, model, steps, lr, seed, fmt=None, targets=("P2", "P4", "P
         cost = sum({"P1": 2, "P3": 3, "P5": 4}.get(p, 1 / 3) for p in targets)
         B = block_size if scale == "block" else 1024
         loss += cost * LAW.penalty(**at, exponent_bits=E, mantissa_bits=M, block_size=B) * (1 + 0.1 * seed)
-        loss += 0.01 * steps if len(targets) == 6 else 0
+        loss += 0.01 * steps if scale == "tensor" else 0
     return {"loss": loss, "params": N, "tokens": at["tokens"]}
 
 
