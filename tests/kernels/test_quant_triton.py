@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from tenfold.kernels import FloatFormat, dequantize, fake_quantize, quantize, use_backend
-from tenfold.kernels.testing import assert_same_bits, bit_patterns, poisoned_scratch, with_margin
+from tenfold.kernels import FloatFormat, dequantize, fake_quantize, quant_matmul, quantize, use_backend
+from tenfold.kernels.testing import (
+    assert_same_bits,
+    assert_within_budget,
+    bit_patterns,
+    poisoned_scratch,
+    with_margin,
+)
 
 FORMATS = ["e0m7", "e1m1", "e2m1", "e3m0", "e3m2", "e4m3", "e4m3fn", "e5m2ocp", "e5m10ieee", "e7m8", "e8m0", "e8m7"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -110,3 +116,66 @@ def test_it_is_a_torch_op(device):
     arguments = (x, None, None, "e4m3", "block", 16, 1, "even", "exact", "triton")
     torch.library.opcheck(torch.ops.tenfold.fake_quantize, arguments)
     torch.library.opcheck(torch.ops.tenfold.quantize, (x.detach(), *arguments[1:]))
+
+
+PRODUCTS = [
+    {"b_format": "e2m1", "block_size": 64},
+    {"a_format": "e4m3", "b_format": "e3m2", "block_size": 32},
+    {"a_format": "e4m3", "b_format": "e3m2", "block_size": 192},
+    {"a_format": "e4m3fn", "b_format": "e5m2ocp", "scale": "axis", "rounding": "away"},
+    {"a_format": "e3m2", "scale": "tensor", "scale_rounding": "mx"},
+    {"a_format": "e2m1", "b_format": "e1m1", "a_scale": None, "b_scale": "axis"},
+    {"a_format": "e4m3", "b_format": "e2m1", "block_size": 24},  # quantized before, as numbers
+    {"a_format": "e7m2", "b_format": "e3m10", "scale": "axis"},
+]
+
+
+def quantized(x, format, scale, options):
+    """In float32: the kernel does not round it to the operand's dtype."""
+    names = ("block_size", "rounding", "scale_rounding")
+    if format is None:
+        return x.double()
+    kept = {name: options[name] for name in names if name in options}
+    return fake_quantize(x.float(), format, scale=scale, **kept).double()
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", PRODUCTS, ids=str)
+def test_products(device, monkeypatch, options, dtype, before):
+    from tenfold.kernels.quant import triton_matmul
+
+    monkeypatch.setattr(triton_matmul, "REPEATS", 0 if before else 4)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 192, generator=generator).to(dtype) for n in (37, 150))
+    with use_backend("triton"):
+        ours = quant_matmul(a.to(device), b.to(device), **options)
+    scale = options.get("scale", "block")
+    qa, qb = (
+        quantized(x, options.get(f"{side}_format"), options.get(f"{side}_scale", scale), options)
+        for side, x in (("a", a), ("b", b))
+    )
+    low = quant_matmul(a, b, **options)
+    assert_within_budget(ours, low, qa @ qb.t())
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth"), [(1, 1, 16), (130, 3, 48), (17, 129, 80), (0, 4, 16), (3, 0, 16)]
+)
+def test_products_of_any_size_read_nothing_else(device, rows, columns, depth):
+    a, b = (torch.randn(n, depth, generator=torch.Generator().manual_seed(n)).to(device) for n in (rows, columns))
+    for options in ({"scale": "axis"}, {"block_size": 16}, {"scale": None}):
+        full = {"a_format": "e4m3", "b_format": "e3m2"} | options
+        with use_backend("triton"), poisoned_scratch():
+            ours = quant_matmul(with_margin(a), with_margin(b), **full)
+        torch.testing.assert_close(ours.cpu(), quant_matmul(a.cpu(), b.cpu(), **full))
+
+
+def test_a_group_that_is_not_finite_makes_its_results_nan(device):
+    a, b = torch.ones(3, 64), torch.ones(4, 64)
+    a[1, 5], b[2, 40] = torch.inf, torch.nan
+    with use_backend("triton"):
+        ours = quant_matmul(a.to(device), b.to(device), a_format="e4m3", b_format="e4m3", block_size=32)
+    expected = torch.ones(3, 4, dtype=torch.bool)
+    expected[1], expected[:, 2] = False, False
+    assert ours.isfinite().cpu().equal(expected)
