@@ -15,7 +15,7 @@ from .law import ScalingLaw
 from .table import RunTable
 
 TUNING_SEED = 1000  # learning rates are chosen on a seed that no claim uses
-RATES = (4e-3, 8e-3, 1.6e-2)
+RATES = (2e-3, 4e-3, 8e-3)  # twice as much is faster still, and scatters the gaps four times as far
 MODELS = {  # smallest first; the claims about one model take the one in `MAIN`
     "quick": ("1x32", "2x32"),
     "default": ("1x32", "2x32", "2x64"),

@@ -73,7 +73,7 @@ def _model(
         max_length=LENGTH,
         init_std=0.02 * (768 / sizes["dim"]) ** 0.5,  # 0.02 is for widths of a thousand
         lr=lr,
-        warmup_steps=max(1, steps // 10),
+        warmup_steps=max(1, 3 * steps // 10),  # long: a short one leaves some seeds on a plateau for a while
         **sizes,
         **quantization,
     )
