@@ -112,3 +112,9 @@ def test_small_shapes(backend, shape):
         quantized = quantize(x, "e2m1", scale=scale)
         assert dequantize(quantized).equal(fake_quantize(x, "e2m1", scale=scale))
         assert dequantize(quantized).shape == shape
+
+
+def test_scales_are_divisions_rounded_once(backend):
+    x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    scales = quantize(x, "e4m3", scale="axis").scales.squeeze(1)
+    assert scales.equal((480 / x.abs().amax(1).double()).float())  # of 24 digits, doubles are enough to be exact

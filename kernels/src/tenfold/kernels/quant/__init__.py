@@ -1,5 +1,7 @@
 """Quantization to any small floating-point format, and matrix products of quantized operands (arXiv 2501.02423)."""
 
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -133,17 +135,9 @@ def quantize(
 
 
 def dequantize(quantized: Quantized) -> Tensor:
-    """The numbers that codes and scales stand for, in the dtype that was quantized."""
+    """The numbers that codes and scales stand for, in the dtype that was quantized. No gradient."""
     codes, scales, format, shape, dtype, scale, block_size, axis = quantized
-    wide = torch.promote_types(dtype, torch.float32)
-    last = shape[-1] if shape else 1
-    y = coding.decode(coding.unpack(codes, format.bits, last), format, wide).reshape(shape)
-    if scales is None:
-        return y.to(dtype)
-    if scale in (None, "tensor"):
-        return (y / scales).to(dtype)
-    groups = split(y, scale, block_size, axis)
-    return (groups / scales.reshape(groups.shape[0], 1, groups.shape[2])).reshape(shape).to(dtype)
+    return _dequantize(codes, scales, format.name, shape, dtype, scale, block_size, axis)
 
 
 @torch.library.custom_op("tenfold::fake_quantize", mutates_args=())
@@ -240,6 +234,39 @@ def _(x, given, seed, format, scale, block_size, axis, rounding, scale_rounding,
     last = coding.packed_length(x.shape[-1] if x.dim() else 1, FloatFormat.parse(format).bits)
     shape = scale_shape(x.shape, scale, block_size, axis) if given is None else given.shape
     return x.new_empty((*x.shape[:-1], last), dtype=torch.uint8), x.new_empty(shape, dtype=wide)
+
+
+@torch.library.custom_op("tenfold::dequantize", mutates_args=())
+def _dequantize(
+    codes: Tensor,
+    scales: Tensor | None,
+    format: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    scale: str | None,
+    block_size: int,
+    axis: int,
+) -> Tensor:
+    fmt = FloatFormat.parse(format)
+    wide = torch.promote_types(dtype, torch.float32)
+    last = shape[-1] if len(shape) else 1
+    y = torch.empty(math.prod(shape[:-1]), last, dtype=wide, device=codes.device)
+    step = max(1, cpu.PIECE // max(1, last)) if codes.device.type == "cpu" else max(1, len(y))
+    for i in range(0, len(y), step):
+        packed = codes.view(len(y), codes.shape[-1])[i : i + step]
+        y[i : i + step] = coding.decode(coding.unpack(packed, fmt.bits, last), fmt, wide)
+    y = y.view(list(shape))
+    if scale in ("axis", "block"):
+        groups = split(y, scale, block_size, axis)
+        groups.div_(scales.reshape(groups.shape[0], 1, groups.shape[2]))
+    elif scales is not None:
+        y.div_(scales)
+    return y.to(dtype)
+
+
+@_dequantize.register_fake
+def _(codes, scales, format, shape, dtype, scale, block_size, axis):
+    return codes.new_empty(shape, dtype=dtype)
 
 
 def _groups(x: Tensor, given: Tensor | None, scale: str | None, block_size: int, axis: int):
