@@ -19,13 +19,6 @@ from .formats import FloatFormat
 from .scales import scale_bounds, scaled_limit, scales_of
 
 TILE = 4096  # elements of a tile; up to twice as many to hold a group whole
-TORCH_TO_TRITON = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float8_e4m3fn: tl.float8e4nv,
-    torch.float8_e5m2: tl.float8e5,
-}
 
 
 def quantize(
