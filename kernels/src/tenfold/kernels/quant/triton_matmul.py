@@ -63,7 +63,7 @@ def matmul(
         formats, depth, kinds = [None, None], 0, (_own(a.dtype), _own(a.dtype))
     rows, columns, tile_k, warps, stages = tiles(M, kinds[0], depth, architecture)
     repeats = [triton.cdiv(N, columns), triton.cdiv(M, rows)]
-    # A tile as deep as a block can hold its scale; with no block to scale on load, the depth is the product's to choose.
+    # A tile as deep as a block can compute its scale. With no block to scale on load, the product chooses the depth.
     if all(n > REPEATS or f is None or s != "block" for n, f, s in zip(repeats, formats, scales, strict=True)):
         rows, columns, tile_k, warps, stages = tiles(M, kinds[0], 0, architecture)
         tile_k = min(tile_k, depth or tile_k)
