@@ -62,6 +62,27 @@ assert longer.shape == (1, 10) and longer[0, 7] == logits[0, -1].argmax()
 listed = subprocess.check_output([Path(sys.executable).with_name("tenfold"), "list"], text=True)
 assert "cog-attention" in listed, listed
 """,
+    "tenfold-fp-scaling": """
+import subprocess, sys
+from pathlib import Path
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from tenfold.fp_scaling import QuantLinear, QuantRecipe, ScalingLaw, quantize_linears_
+config = LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+    bos_token_id=1, eos_token_id=None,
+)
+model = quantize_linears_(LlamaForCausalLM(config), QuantRecipe("e2m1", block_size=16))
+tokens = torch.randint(2, 64, (2, 9))
+model(tokens, labels=tokens).loss.backward()
+assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 7
+assert model.model.layers[0].mlp.up_proj.weight.grad.isfinite().all()
+assert ScalingLaw.paper().best_split(8).name == "e4m3"
+tenfold = Path(sys.executable).with_name("tenfold")
+plan = [tenfold, "fp-scaling", "plan", "--params", "7e9", "--tokens", "2e12", "--bits", "8"]
+assert "e4m3" in subprocess.check_output(plan, text=True)
+assert Path("plan.svg").stat().st_size > 1000
+""",
 }
 
 

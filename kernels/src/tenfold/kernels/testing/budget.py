@@ -51,6 +51,20 @@ def assert_within_budget(ours: Tensor, low: Tensor, high: Tensor, *, name: str =
         )
 
 
+def assert_same_bits(ours: Tensor, truth: Tensor, *, name: str = "result") -> None:
+    """Raise AssertionError unless both have the same bits: zeros their sign too. One NaN is as good as another."""
+    if ours.shape != truth.shape or ours.dtype != truth.dtype:
+        raise AssertionError(f"{name}: {ours.dtype} {tuple(ours.shape)}, expected {truth.dtype} {tuple(truth.shape)}")
+    ours, truth = ours.detach().cpu(), truth.detach().cpu()
+    same = (ours == truth) & (ours.signbit() == truth.signbit()) | (ours.isnan() & truth.isnan())
+    if not same.all():
+        worst = tuple(int(i) for i in (~same).nonzero()[0])
+        raise AssertionError(
+            f"{name}: {int((~same).sum())} of {same.numel()} differ; the first, at {worst}, "
+            f"is {ours[worst]:.9g}, expected {truth[worst]:.9g}"
+        )
+
+
 def check_op(
     op: Callable[..., Tensor],
     reference: Callable[..., Tensor],

@@ -82,6 +82,21 @@ def logprob_inputs(
     return tensors
 
 
+def bit_patterns(dtype: torch.dtype, count: int | None = None, *, seed: int = 0) -> Tensor:
+    """Floats with random bits: of every size, subnormal and infinite ones and NaN among them.
+
+    Without `count`, every one of the 65,536 patterns of a 16-bit dtype, in random order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if count is None:
+        patterns = torch.randperm(1 << 16, generator=generator).sub(1 << 15).to(torch.int16)
+    elif dtype.itemsize == 2:
+        patterns = torch.randint(-(1 << 15), 1 << 15, (count,), generator=generator, dtype=torch.int16)
+    else:
+        patterns = torch.randint(-(1 << 31), 1 << 31, (count,), generator=generator).to(torch.int32)
+    return patterns.view(dtype)
+
+
 def lay_out(tensor: Tensor, layout: Layout) -> Tensor:
     """`tensor` with other strides.
 
