@@ -2,6 +2,16 @@
 
 from .backend import use_backend
 from .cog import cog_attention
+from .latent import PackedLatents, fake_pack_latents, latent_attention, pack_latents, unpack_latents
 from .logprob import linear_logprob
 
-__all__ = ["cog_attention", "linear_logprob", "use_backend"]
+__all__ = [
+    "PackedLatents",
+    "cog_attention",
+    "fake_pack_latents",
+    "latent_attention",
+    "linear_logprob",
+    "pack_latents",
+    "unpack_latents",
+    "use_backend",
+]
