@@ -1,0 +1,17 @@
+"""What the `tenfold` command knows of this package."""
+
+from tenfold.core.data.text import TextDataModule
+from tenfold.core.methods import Method
+
+from .budget import budget
+from .module import CLLAModule
+
+METHOD = Method(
+    name="clla",
+    title="Cross-Layer Latent Attention: a KV cache under 2 %",
+    paper="Lossless KV Cache Compression to 2%, arXiv 2410.15252",
+    module=CLLAModule,
+    datamodule=TextDataModule,
+    package="tenfold.clla",
+    verbs={"budget": budget},
+)
