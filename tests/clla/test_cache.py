@@ -100,7 +100,7 @@ def test_saved_and_loaded_in_the_middle(build, name, tokens, tmp_path):
         CLLACache(build(name, cache_bits=8).config).load_state_dict(cache.state_dict())
     state = cache.state_dict()
     state.popitem()
-    with pytest.raises(ValueError, match="state: .* not whole"):
+    with pytest.raises(ValueError, match=r"state: .* not whole"):
         loaded.load_state_dict(state)
     assert loaded.get_seq_length() == 13
 

@@ -359,7 +359,7 @@ def test_what_a_model_refuses(build, tokens):
         model(tokens, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="past_key_values: made for another config"):
         model(tokens, past_key_values=CLLACache(build(cache_bits=8).config))
-    with pytest.raises(ValueError, match="input_ids: 65 tokens, cache included, but .* is 64"):
+    with pytest.raises(ValueError, match=r"input_ids: 65 tokens, cache included, but .* is 64"):
         model(tokens[:, :1].expand(2, 65))
     with pytest.raises(ValueError, match=r"cache_implementation: accepted are 'dynamic', .* got 'quantized'"):
         model.generate(tokens, max_new_tokens=1, cache_implementation="quantized")

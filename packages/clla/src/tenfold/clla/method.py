@@ -3,6 +3,7 @@
 from tenfold.core.data.text import TextDataModule
 from tenfold.core.methods import Method
 
+from . import claims
 from .budget import budget
 from .module import CLLAModule
 
@@ -13,5 +14,6 @@ METHOD = Method(
     module=CLLAModule,
     datamodule=TextDataModule,
     package="tenfold.clla",
+    claims=(claims.ladder_loss, claims.cache_bytes, claims.latent_rounding, claims.decode_time),
     verbs={"budget": budget},
 )

@@ -1,5 +1,7 @@
 """CLLA as a transformers model: Llama's own parts around shared latent attention."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -63,12 +65,15 @@ class CLLAPreTrainedModel(LlamaPreTrainedModel):
 
     config_class = CLLAConfig
     config: CLLAConfig
-    _no_split_modules = ["CLLADecoderLayer"]
+    _no_split_modules: ClassVar = ["CLLADecoderLayer"]
     # Keys are wider than values, and the cache's own attention takes the masks of these two alone.
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
-    _can_record_outputs = {"hidden_states": CLLADecoderLayer, "attentions": (LatentAttention, HeadsAttention)}
+    _can_record_outputs: ClassVar = {
+        "hidden_states": CLLADecoderLayer,
+        "attentions": (LatentAttention, HeadsAttention),
+    }
 
 
 class CLLAModel(CLLAPreTrainedModel, LlamaModel):
