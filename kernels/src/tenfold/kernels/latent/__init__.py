@@ -66,9 +66,10 @@ def latent_attention(
         torch.Size([1, 16, 1, 512])
 
     """
-    (query_latent,) = autocast(query_latent)
-    if query_rope is not None:
-        (query_rope,) = autocast(query_rope)
+    if query_rope is None:
+        (query_latent,) = autocast(query_latent)
+    else:
+        query_latent, query_rope = autocast(query_latent, query_rope)
     _check(query_latent, query_rope, latent, rope, mask)
     scale = float(scale)
     if not -math.inf < scale < math.inf:  # torch.compile cannot trace math.isfinite

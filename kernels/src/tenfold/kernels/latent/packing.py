@@ -15,7 +15,9 @@ class PackedLatents(NamedTuple):
     axis but the last, does the same to the vectors. `packed._replace(codes=…, scales=…)` keeps the rest.
     """
 
-    codes: Tensor  # uint8, two's complement: (…, width) in 8 bits; (…, ⌈width/2⌉) in 4, two codes a byte
+    # uint8, two's complement. In 8 bits (…, width). In 4 bits (…, ⌈width/2⌉): the low half of byte i is code i,
+    # the high half code i + ⌈width/2⌉, so that a row unpacks into two runs and nothing is interleaved.
+    codes: Tensor
     scales: Tensor  # (…, ⌈width/group_size⌉)
     width: int
     bits: int
@@ -46,7 +48,7 @@ def pack_latents(
     Args:
         x: `(…, D)`, any floating-point dtype; computed in float32, or float64 for float64.
         bits: 4 or 8.
-        group_size: numbers that share a scale; even in 4 bits.
+        group_size: numbers that share a scale.
         scale_dtype: float16, bfloat16 or float32.
 
     Returns:
@@ -72,7 +74,8 @@ def pack_latents(
     if bits == 4:
         if x.shape[-1] % 2:
             codes = torch.nn.functional.pad(codes, (0, 1))
-        codes = (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
+        low, high = codes.chunk(2, -1)
+        codes = (low & 15) | (high << 4)
     return PackedLatents(codes, scales, x.shape[-1], bits, group_size)
 
 
@@ -90,8 +93,7 @@ def unpack_latents(packed: PackedLatents, *, dtype: torch.dtype = torch.float32)
     wide = torch.promote_types(dtype, torch.float32)
     codes = packed.codes.view(torch.int8)
     if packed.bits == 4:
-        low, high = (codes << 4) >> 4, codes >> 4
-        codes = torch.stack([low, high], -1).flatten(-2)[..., : packed.width]
+        codes = torch.cat([(codes << 4) >> 4, codes >> 4], -1)[..., : packed.width]
     groups = _grouped(codes.to(wide), packed.group_size) * packed.scales.to(wide).unsqueeze(-1)
     return groups.flatten(-2)[..., : packed.width].to(dtype)
 
@@ -152,8 +154,8 @@ def _check(x: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype) -> N
         raise ValueError(f"x: expected (…, width) with width at least 1, got shape {tuple(x.shape)}")
     if bits not in (4, 8):
         raise ValueError(f"bits: expected 4 or 8, got {bits}")
-    if group_size < 1 or (bits == 4 and group_size % 2):
-        raise ValueError(f"group_size: expected a positive{' even' if bits == 4 else ''} number, got {group_size}")
+    if group_size < 1:
+        raise ValueError(f"group_size: expected at least 1, got {group_size}")
     if scale_dtype not in _SCALE_DTYPES:
         raise TypeError(f"scale_dtype: {scale_dtype} is not supported; accepted: {_names(_SCALE_DTYPES)}")
 

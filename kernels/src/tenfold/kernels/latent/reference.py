@@ -20,15 +20,15 @@ def latent_attention(
 ) -> Tensor:
     """`softmax(scale · ([q̃; q_R] · [c; k_R])) @ c` over each row's attended keys, zeros where it has none."""
     c = _vectors(latent, query_latent.dtype)
+    bad = ~c.isfinite().all(-1, keepdim=True)  # 0·NaN would reach all rows: let those see it that attend it
     scores = query_latent @ c.mT
     if rope is not None:
         scores = scores + query_rope @ _vectors(rope, query_latent.dtype).mT
-    bad = ~c.isfinite().all(-1).unsqueeze(-2)  # who attends such a latent sees NaN, and no one else
-    scores = scores.masked_fill(bad, torch.nan)
+    scores = scores.masked_fill(bad.mT, torch.nan)
     attended = attended_keys(*scores.shape[-2:], causal=causal, mask=mask, device=scores.device)
     weights = (scale * scores).masked_fill(~attended, -torch.inf).softmax(dim=-1)
     weights = weights.masked_fill(~attended, 0.0)  # also a row without keys, all NaN, to 0
-    return weights @ c.masked_fill(bad.mT, 0.0)
+    return weights @ c.masked_fill(bad, 0.0)
 
 
 def attended_keys(Tq: int, Tk: int, *, causal: bool, mask: Tensor | None, device: torch.device) -> Tensor:
