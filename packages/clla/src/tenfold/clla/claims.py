@@ -16,7 +16,7 @@ MAIN = ("MHA", "CLLA", "CLLA-quant", "CLLA of three layers")
 LADDER = ("MHA", "GQA", "CLA", "MLA", *MAIN[1:])
 PLAN = {  # size, updates, learning rates tried, arms
     "quick": ("0.42M", 30, (8e-3, 1.6e-2), MAIN),
-    "default": ("0.42M", 200, (4e-3, 8e-3, 1.6e-2), LADDER),
+    "default": ("0.42M", 150, (8e-3, 1.6e-2), LADDER),
     "full": ("1.5M", 2000, (2e-3, 4e-3, 8e-3, 1.6e-2), (*LADDER, "MHA-quant")),
 }
 CONTEXTS = {"quick": [1024, 4096], "default": [4096, 8192, 16384], "full": [8192, 16384, 32768]}

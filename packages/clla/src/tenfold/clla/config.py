@@ -17,6 +17,8 @@ def sharing_layout(layout: Layout, layers: int, share_factor: int) -> list[int]:
     are readings of layouts that arXiv 2410.14442 compares: `trailing` gives the first layers a cache of their own
     and lets all after them share the last one; `sandwich` keeps the last layer's own too and shares in the middle.
     """
+    if share_factor < 1:
+        raise ValueError(f"share_factor: must be at least 1, got {share_factor}")
     caches = -(-layers // share_factor)
     if layout == "adjacent":
         return [share_factor * (layer // share_factor) for layer in range(layers)]
@@ -85,7 +87,7 @@ class CLLAConfig(LlamaConfig):
         for name, bits in (("cache_bits", self.cache_bits), ("rope_bits", self.rope_bits)):
             if bits is not None:
                 _one_of(name, bits, BITS)
-        for name in ("num_hidden_layers", "share_factor", "latent_dim", "rope_dim", "head_dim"):
+        for name in ("num_hidden_layers", "latent_dim", "rope_dim", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:

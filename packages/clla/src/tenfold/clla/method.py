@@ -5,6 +5,7 @@ from tenfold.core.methods import Method
 
 from . import claims
 from .budget import budget
+from .convert import convert
 from .module import CLLAModule
 
 METHOD = Method(
@@ -15,5 +16,5 @@ METHOD = Method(
     datamodule=TextDataModule,
     package="tenfold.clla",
     claims=(claims.ladder_loss, claims.cache_bytes, claims.latent_rounding, claims.decode_time),
-    verbs={"budget": budget},
+    verbs={"budget": budget, "convert": convert},
 )
