@@ -62,6 +62,28 @@ assert longer.shape == (1, 10) and longer[0, 7] == logits[0, -1].argmax()
 listed = subprocess.check_output([Path(sys.executable).with_name("tenfold"), "list"], text=True)
 assert "cog-attention" in listed, listed
 """,
+    "tenfold-clla": """
+import subprocess, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+from tenfold.clla import CLLACache, CLLAConfig, CLLAForCausalLM, bytes_per_token, register
+config = CLLAConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, latent_dim=16,
+    rope_dim=8, cache_bits=4, bos_token_id=1, eos_token_id=None,
+)
+model = CLLAForCausalLM(config).eval()
+tokens = torch.randint(2, 64, (1, 7))
+cache = CLLACache(config, max_length=9)
+longer = model.generate(tokens, past_key_values=cache, max_new_tokens=3, do_sample=False)
+assert longer.shape == (1, 10) and longer[0, 7] == model(tokens).logits[0, -1].argmax()
+assert cache.nbytes() == 9 * bytes_per_token(config)
+model.save_pretrained("model")
+register()
+assert type(AutoModelForCausalLM.from_pretrained("model")) is CLLAForCausalLM
+tenfold = Path(sys.executable).with_name("tenfold")
+assert "1.82 %" in subprocess.check_output([tenfold, "clla", "budget"], text=True)
+""",
 }
 
 

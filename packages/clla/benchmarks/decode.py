@@ -85,8 +85,9 @@ def print_slopes(base: CLLAConfig, contexts: list[int], seconds: dict[str, list[
         print(f"{name:30}{1e9 * measured:10.0f}{measured / ours:9.2f}", end="")
         print(f"{limits[0]:14.0f}{limits[1]:12.0f}{limits[2]:13.2f}{limits[3]:12.3f}")
     print(
-        f"floors: this CPU reads {floor['cpu bytes'] / 1e9:.0f} GB/s and multiplies {floor['cpu flops'] / 1e9:.0f} GFLOP/s "
-        "in float32, measured now; an H100 3,350 GB/s and 989 TFLOP/s in bfloat16, its data sheet. No GPU was used."
+        f"floors: this CPU reads {floor['cpu bytes'] / 1e9:.0f} GB/s and multiplies at "
+        f"{floor['cpu flops'] / 1e9:.0f} GFLOP/s in float32, measured now; "
+        "an H100 3,350 GB/s and 989 TFLOP/s in bfloat16, its data sheet. No GPU was used."
     )
 
 
