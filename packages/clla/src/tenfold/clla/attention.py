@@ -161,9 +161,10 @@ class LatentAttention(_Attention):
     def _absorbed(self, content: Tensor, rotary: Tensor, entry: Entry, mask: Tensor | None) -> Tensor:
         """The same attention over the cache as it lies: W_UK moved to the query, W_UV to the output."""
         k_up, v_up = (weight.unflatten(0, (self.heads, -1)) for weight in entry.up)
-        query = content @ k_up.to(content.dtype)
-        width = entry.first.shape[-1]
-        query = F.pad(query, (0, width - query.shape[-1]))  # nothing to do unless the values have their own part
+        query = content @ k_up
+        query = F.pad(
+            query, (0, entry.first.shape[-1] - query.shape[-1])
+        )  # nothing to do unless the values have their own part
         mask = boolean(mask)
         z = latent_attention(
             query,

@@ -31,6 +31,8 @@ class Stream:
         """Store `x`, `(B, heads, T, width)`, after what is there; all of it, as it lies. No gradient passes."""
         parts = _parts(self.format.pack(x.detach()))
         self._check(x, parts)
+        if self.buffers and self.buffers[0].device != x.device:
+            self.move(x.device)
         end = self.length + x.shape[2]
         self._reserve(end, parts)
         for buffer, part in zip(self.buffers, parts, strict=True):
@@ -194,6 +196,8 @@ class CLLACache(Cache):
     def __init__(self, config: CLLAConfig, *, max_length: int | None = None, offloading: bool = False):
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length: must be at least 1, got {max_length}")
+        if offloading and not torch.accelerator.is_available():
+            raise ValueError("offloading: there is no accelerator to spare, the cache is on the CPU anyway")
         formats = [config.cache_formats(layer) for layer in range(config.num_hidden_layers)]
         super().__init__(layers=[CLLALayer(f, max_length) if f else DummyLayer() for f in formats])
         self.formats, self.producers = formats, list(config.cache_producers)

@@ -1,7 +1,7 @@
 """The configuration of a CLLA model, which is every rung of the ladder from MHA to CLLA."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import LlamaConfig
 
@@ -61,7 +61,8 @@ class CLLAConfig(LlamaConfig):
     """
 
     model_type = "clla"
-    base_model_tp_plan: Any = None
+    base_model_tp_plan = None  # Llama's plans name projections that are not here, and may cut a run in two
+    base_model_pp_plan = None
 
     attention: str = "latent"
     share_factor: int = 2

@@ -36,7 +36,7 @@ class CLLARotaryEmbedding(LlamaRotaryEmbedding):
 
     def __init__(self, config: CLLAConfig):
         config = config.__class__.from_dict(config.to_dict())
-        config.content_dim, config.head_dim = config.head_dim, config.rotary_dim or 2
+        config.head_dim = config.rotary_dim or 2  # which is what Llama's goes by
         super().__init__(config)
 
     @staticmethod
