@@ -29,7 +29,7 @@ from ..backend import _interpreting
 from .packing import PackedLatents
 
 LOG2E = 1.4426950408889634
-PROGRAMS = 256  # about: two for each multiprocessor of the largest chips
+PROGRAMS = 128  # about: one for each multiprocessor of the largest chips, whose registers one program fills
 MAX_STRIDE = 1 << 23  # further apart, a tile's vectors would be out of reach of its 32-bit offsets
 MAX_DIM = 512
 
@@ -89,11 +89,8 @@ def forward(
             num_warps=warps,
             num_stages=stages,
         )
-        _merge_kernel[(B * M,)](
-            *(sums, peak, total, out, B, H, Tq, splits),
-            D=Dc,
-            BLOCK_D=triton.next_power_of_2(Dc),
-            num_warps=4,
+        _merge_kernel[(B * M, triton.cdiv(Dc, 128))](
+            *(sums, peak, total, out, B, H, Tq, splits), D=Dc, BLOCK_S=32, BLOCK_D=128, num_warps=4
         )
     return out.to(query_latent.dtype)
 
@@ -103,14 +100,14 @@ def tiles(dtype: torch.dtype, rows: int, architecture: str) -> tuple[int, int, i
 
     The largest tried that spill no register at 512 + 64 columns, in 4 and 8 bits (tests/kernels/test_latent_aot.py).
     """
-    amd = architecture.startswith("gfx")
+    warps = 4 if architecture.startswith("gfx") else 8
     if architecture == "interpreter":  # which takes its time by the operation, however large
         return (16 if rows <= 16 else 64, 64, 4, 1)
     if dtype == torch.float32:
-        return (16, 16, 4 if amd else 8, 1)
+        return (16, 16, warps, 1)
     if rows <= 16 or architecture not in ("sm_80", "sm_90", "sm_100", "sm_103", "gfx942"):
-        return (16, 32, 4 if amd else 8, 2)
-    return (32, 16, 8, 1) if amd else (32, 32, 8, 2)
+        return (16, 32, warps, 2)
+    return (32, 32, warps, 2)
 
 
 def _architecture(x: Tensor) -> str:
@@ -124,10 +121,13 @@ def _architecture(x: Tensor) -> str:
 
 
 def _precision() -> str:
-    """How float32 is multiplied: torch's own switch. AMD's matrix units take float32 as it is."""
-    if torch.version.hip:
+    """How float32 is multiplied: torch's own switch. AMD's matrix units take float32 as it is.
+
+    Three TF32 products for one of float32 are not offered: they spill registers.
+    """
+    if torch.version.hip or torch.get_float32_matmul_precision() == "highest":
         return "ieee"
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+    return "tf32"
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -257,25 +257,32 @@ def _split_kernel(
 
 @triton.jit
 def _merge_kernel(
-    sums_ptr, peak_ptr, total_ptr, out_ptr, B, H, Tq, splits, D: tl.constexpr, BLOCK_D: tl.constexpr
+    sums_ptr, peak_ptr, total_ptr, out_ptr,
+    B, H, Tq, splits,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row's z, from its splits."""
+    """Some columns of one row's z, from its splits, several at a time: one by one, the loads would wait in turn."""
     M = H * Tq
     b, row = tl.program_id(0) // M, tl.program_id(0) % M
-    columns = tl.arange(0, BLOCK_D)
-    peak, total = -float("inf"), 0.0
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    peaks = tl.full((BLOCK_S,), -float("inf"), tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        some = start + tl.arange(0, BLOCK_S)
+        places = (some.to(tl.int64) * B + b) * M + row
+        peaks = tl.maximum(peaks, tl.load(peak_ptr + places, mask=some < splits, other=-float("inf")))
+    peak = tl.max(peaks, 0)
+    peak = tl.where(peak == -float("inf"), 0.0, peak)
+    totals = tl.zeros((BLOCK_S,), tl.float32)
     z = tl.zeros((BLOCK_D,), tl.float32)
-    for i in range(splits):
-        place = (tl.cast(i, tl.int64) * B + b) * M + row
-        other_peak = tl.load(peak_ptr + place)
-        other_total = tl.load(total_ptr + place)
-        other = tl.load(sums_ptr + place * D + columns, mask=columns < D, other=0.0)
-        new_peak = tl.maximum(peak, other_peak)
-        shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        shrink, grow = tl.exp2(peak - shift), tl.exp2(other_peak - shift)
-        total = total * shrink + other_total * grow
-        z = z * shrink + other * grow
-        peak = new_peak
+    for start in range(0, splits, BLOCK_S):
+        some = start + tl.arange(0, BLOCK_S)
+        places = (some.to(tl.int64) * B + b) * M + row
+        shares = tl.exp2(tl.load(peak_ptr + places, mask=some < splits, other=-float("inf")) - peak)
+        totals += shares * tl.load(total_ptr + places, mask=some < splits, other=0.0)
+        inside = (some < splits)[:, None] & (columns < D)[None, :]
+        sums = tl.load(sums_ptr + places[:, None] * D + columns[None, :], mask=inside, other=0.0)
+        z += tl.sum(shares[:, None] * sums, 0)
+    total = tl.sum(totals, 0)
     z /= tl.where(total == 0.0, 1.0, total)
     head, query = row % H, row // H
     out_ptr += ((b.to(tl.int64) * H + head) * Tq + query) * D
