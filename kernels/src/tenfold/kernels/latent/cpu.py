@@ -6,7 +6,7 @@ to leave them out would cost more than it saves.) The softmax runs over the bloc
 z, rescaled whenever the maximum grows. Extra memory is one block and its scores, whatever Tk is.
 
 Two 4-bit codes of a byte come out as int8 numbers, 16 times too large, by one instruction each: a shift, and a
-mask; the scales take the 16 back, exactly. A table of the 256 bytes was slower by a factor of 10. So was nothing
+mask; the scales take the 16 back, exactly. A table of the 256 bytes was slower by a factor of 10. Nor was anything
 gained by leaving the scales out of the block and multiplying them into products, s = Σ_g scale_g·(q_g·code_g):
 fewer multiplications, but thinner matrix products.
 
@@ -47,13 +47,15 @@ def forward(
         return out
     queries = query_latent if query_rope is None else torch.cat([query_latent, query_rope], -1)
     wide = torch.promote_types(queries.dtype, torch.float32)
+    # Allocated once: fresh pages cost as much time as a pass over them.
     buffer = torch.empty(min(KEYS, Tk), queries.shape[-1], dtype=wide)
+    scratch = torch.empty(buffer.numel() // 2 + len(buffer), dtype=torch.int8)
     height = max(1, ROWS // H)
     for b in range(B):
         for r in range(first, Tq, height):
             rows = slice(r, min(r + height, Tq))
             q = queries[b, :, rows].to(wide).flatten(0, 1)
-            z = _attend(q, latent, rope, mask, b, rows, offset, causal, scale, buffer)
+            z = _attend(q, latent, rope, mask, b, rows, offset, causal, scale, buffer, scratch)
             out[b, :, rows] = z[:, :Dc].unflatten(0, (H, -1))
     return out
 
@@ -69,6 +71,7 @@ def _attend(
     causal: bool,
     scale: float,
     buffer: Tensor,
+    scratch: Tensor,
 ) -> Tensor:
     """Z of the query rows `rows` of all heads of a batch entry, stacked; what it has beyond Dc is of no use."""
     n, Tk = rows.stop - rows.start, latent.shape[1]
@@ -81,9 +84,9 @@ def _attend(
         if hidden is not None and hidden.all():
             continue
         block = buffer[: keys.stop - start]
-        _unpack(latent, b, keys, out=block[:, : latent.shape[2]])
+        _unpack(latent, b, keys, block[:, : latent.shape[2]], scratch)
         if rope is not None:
-            _unpack(rope, b, keys, out=block[:, latent.shape[2] :])
+            _unpack(rope, b, keys, block[:, latent.shape[2] :], scratch)
         bad = None if hidden is None else _quarantine(block)
 
         scores = _scores(q, block).mul_(scale)  # not q: each of its numbers would be rounded once more
@@ -116,8 +119,8 @@ def _hidden(mask: Tensor | None, b: int, rows: slice, keys: slice, offset: int, 
     return hidden
 
 
-def _unpack(x: Latents, b: int, keys: slice, *, out: Tensor) -> None:
-    """The vectors `keys` of batch entry `b` into `out`."""
+def _unpack(x: Latents, b: int, keys: slice, out: Tensor, scratch: Tensor) -> None:
+    """The vectors `keys` of batch entry `b` into `out`; `scratch` takes codes on their way."""
     if isinstance(x, Tensor):
         out.copy_(x[b, keys])
         return
@@ -126,8 +129,9 @@ def _unpack(x: Latents, b: int, keys: slice, *, out: Tensor) -> None:
         out.copy_(codes)
     else:
         half = codes.shape[1]
-        out[:, :half] = codes << 4
-        out[:, half:] = (codes & -16)[:, : x.width - half]
+        moved = scratch[: codes.numel()].view(codes.shape)
+        out[:, :half] = torch.bitwise_left_shift(codes, 4, out=moved)
+        out[:, half:] = torch.bitwise_and(codes, -16, out=moved)[:, : x.width - half]
         scales = scales / 16
     whole = x.width // x.group_size * x.group_size
     if whole:
