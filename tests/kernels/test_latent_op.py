@@ -14,9 +14,9 @@ def backend(request):
         yield request.param
 
 
-@pytest.mark.parametrize("queries", [0, 1, 5])
+@pytest.mark.parametrize("queries", [0, 3])
 @pytest.mark.parametrize("mask", [None, (2, 1, 1, 7)])
-@pytest.mark.parametrize("bits", [0, 4, 8])
+@pytest.mark.parametrize("bits", [0, 4])
 @pytest.mark.parametrize("rope", [0, 5])
 @pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "transposed"), (torch.bfloat16, "contiguous")])
 def test_it_is_a_torch_op(queries, mask, bits, rope, dtype, layout):
@@ -29,11 +29,8 @@ def test_it_is_a_torch_op(queries, mask, bits, rope, dtype, layout):
         return packed.codes, packed.scales, bits, 4
 
     shown = tensors["mask"].expand(2, 3, queries, 7) if mask else None
-    query = tensors["query_latent"].requires_grad_(queries == 5)
-    arguments = query, tensors.get("query_rope"), *cached("latent"), *cached("rope"), shown, True, 0.25, "cpu"
-    # The gradient is refused, so what opcheck would say of it is not asked.
-    torch.library.opcheck(torch.ops.tenfold.latent_attention, arguments, test_utils=["test_schema", "test_faketensor"])
-    arguments[0].requires_grad_(False)
+    query, query_rope = tensors["query_latent"], tensors.get("query_rope")
+    arguments = query, query_rope, *cached("latent"), *cached("rope"), shown, True, 0.25, "cpu"
     torch.library.opcheck(torch.ops.tenfold.latent_attention, arguments)
 
 
