@@ -85,7 +85,7 @@ def test_settings_that_make_no_sense(changes, message):
 
 @pytest.mark.parametrize("arm", ["CLLA", "CLLA-quant", "MHA"])
 def test_a_measurement(monkeypatch, arm):
-    monkeypatch.setitem(SIZES, "toy", {**TOY, "batch": 2})
+    monkeypatch.setitem(SIZES, "toy", {**TOY, "batch": 64})
     result = language_model(size="toy", arm=arm, steps=2, lr=1e-3, seed=0)
     assert 2 < result["bits_per_byte"] < 5
     assert ("bits_per_byte_rounded" in result) == (arm != "CLLA-quant")
@@ -96,7 +96,7 @@ def test_a_measurement(monkeypatch, arm):
 
 
 def test_a_diverged_training_is_told_and_not_scored(monkeypatch):
-    monkeypatch.setitem(SIZES, "toy", {**TOY, "batch": 2})
+    monkeypatch.setitem(SIZES, "toy", {**TOY, "batch": 64})
     assert language_model(size="toy", arm="CLLA", steps=5, lr=1e30, seed=0) == {"bits_per_byte": None}
 
 

@@ -19,7 +19,8 @@ PLAN = {  # size, updates, learning rates tried, arms
     "default": ("0.42M", 150, (8e-3, 1.6e-2), LADDER),
     "full": ("1.5M", 2000, (2e-3, 4e-3, 8e-3, 1.6e-2), (*LADDER, "MHA-quant")),
 }
-CONTEXTS = {"quick": [1024, 4096], "default": [4096, 8192, 16384], "full": [8192, 16384, 32768]}
+CONTEXTS = {"quick": [2048, 8192], "default": [8192, 32768], "full": [8192, 16384, 32768]}
+SLOWER = 2.0  # times that MHA's time per token must grow faster with the context than CLLA's
 MARGIN = 1.0  # % of MHA's loss within which CLLA must stay
 ROUNDING_MARGIN = 0.5  # % of CLLA's loss within which CLLA-quant must stay
 
@@ -176,7 +177,7 @@ def decode_time(run: Run) -> list[Claim]:
     contexts = CONTEXTS[run.budget]
     run.plan(len(run.seeds))
     results = [
-        run.measure(f"decoding/seed{seed}", decoding, contexts=contexts, layers=2, rounds=4, seed=seed)
+        run.measure(f"decoding/seed{seed}", decoding, contexts=contexts, layers=2, rounds=5, seed=seed)
         for seed in run.seeds
     ]
     seconds = {name: [r["seconds"][name] for r in results] for name in CONTENDERS}
@@ -199,19 +200,20 @@ def decode_time(run: Run) -> list[Claim]:
     return [
         Claim(
             name="decode-slope",
-            statement="The time per decoded token grows at least twice as fast with the context in MHA as in CLLA.",
+            statement=f"MHA's time per token grows more than {SLOWER:g} times as fast with the context as CLLA's.",
             paper="no speed result was found; the paper is said to state that it saves cache, not attention time "
             f"({SOURCE})",
-            criterion=above(2),
-            values=[m / c for m, c in zip(slopes[peer], slopes[ours], strict=True)],
-            unit="MHA's slope ÷ CLLA's",
+            criterion=above(0),
+            # Not their ratio: CLLA's slope is small beside the noise of the constant part, the weights.
+            values=[1e9 * (m - SLOWER * c) for m, c in zip(slopes[peer], slopes[ours], strict=True)],
+            unit=f"µs per 1,000 tokens of context, MHA's slope less {SLOWER:g} times CLLA's",
             baseline="transformers' Llama of the same width with DynamicCache, which copies its cache at each token",
-            notes=f"{shape}, float32, this CPU, one process, in turn, the fastest of 4. Absorbed decoding trades bytes "
-            "for operations: 4.2 times as many as MHA, on 3.6 % of its bytes (every layer reads its pair's latents). "
-            "Floors are per 1,000 tokens of context: bytes ÷ bandwidth and operations ÷ rate, of this CPU as measured "
-            "in the same process and of an H100 by its data sheet (bfloat16); the larger of the two is the limit. No "
-            f"GPU was used. With the same MHA on this package's 16-bit cache, which copies nothing, the ratio is "
-            f"{t_interval([m / c for m, c in zip(slopes[same_cache], slopes[ours], strict=True)])}.",
+            notes=f"{shape}, float32, this CPU, one process, in turn, the fastest of 5. Ratio of the mean slopes: "
+            f"{_ratio(slopes[peer], slopes[ours])}; for the same MHA with this package's 16-bit cache, which copies "
+            f"nothing, {_ratio(slopes[same_cache], slopes[ours])}. Absorbed decoding trades bytes for operations: 4.2 "
+            "times as many as MHA, on 3.6 % of its bytes in bfloat16 (every layer reads its pair's latents). Floors: "
+            "per 1,000 tokens of context, bytes ÷ bandwidth and operations ÷ rate, of this CPU as measured in the same "
+            "process and of an H100 by its data sheet (bfloat16); the larger of the two is the limit. No GPU was used.",
             table=table,
             figure=lines(
                 contexts,
@@ -233,6 +235,11 @@ def decode_time(run: Run) -> list[Claim]:
             notes=shape,
         ),
     ]
+
+
+def _ratio(theirs: list[float], ours: list[float]) -> str:
+    """Of means; where ours does not grow measurably there is none."""
+    return f"{sum(theirs) / sum(ours):.1f}" if sum(ours) > 0 else "not measurable, CLLA's is within the noise"
 
 
 def _floor(floors: dict[str, list[float]], contender: str, name: str) -> float:
