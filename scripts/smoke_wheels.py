@@ -82,6 +82,27 @@ tenfold = Path(sys.executable).with_name("tenfold")
 plan = [tenfold, "fp-scaling", "plan", "--params", "7e9", "--tokens", "2e12", "--bits", "8"]
 assert "e4m3" in subprocess.check_output(plan, text=True)
 assert Path("plan.svg").stat().st_size > 1000
+    "tenfold-clla": """
+import subprocess, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+from tenfold.clla import CLLACache, CLLAConfig, CLLAForCausalLM, bytes_per_token, register
+config = CLLAConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, latent_dim=16,
+    rope_dim=8, cache_bits=4, bos_token_id=1, eos_token_id=None,
+)
+model = CLLAForCausalLM(config).eval()
+tokens = torch.randint(2, 64, (1, 7))
+cache = CLLACache(config, max_length=9)
+longer = model.generate(tokens, past_key_values=cache, max_new_tokens=3, do_sample=False)
+assert longer.shape == (1, 10) and longer[0, 7] == model(tokens).logits[0, -1].argmax()
+assert cache.nbytes() == 9 * bytes_per_token(config)
+model.save_pretrained("model")
+register()
+assert type(AutoModelForCausalLM.from_pretrained("model")) is CLLAForCausalLM
+tenfold = Path(sys.executable).with_name("tenfold")
+assert "1.82 %" in subprocess.check_output([tenfold, "clla", "budget"], text=True)
 """,
 }
 

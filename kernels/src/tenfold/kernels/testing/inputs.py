@@ -95,6 +95,39 @@ def bit_patterns(dtype: torch.dtype, count: int | None = None, *, seed: int = 0)
     else:
         patterns = torch.randint(-(1 << 31), 1 << 31, (count,), generator=generator).to(torch.int32)
     return patterns.view(dtype)
+def latent_inputs(
+    batch: int = 2,
+    heads: int = 3,
+    queries: int = 5,
+    keys: int = 37,
+    dim: int = 24,
+    *,
+    rope: int = 8,
+    mask: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+    latent_dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    layout: Layout = "contiguous",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """`query_latent`, `query_rope`, `latent`, `rope` for `latent_attention`, and a random `mask` of that shape.
+
+    With `rope=0` there is no rotary part. The latents, in `latent_dtype` if that is another, have columns of
+    different sizes, as those of a trained model do.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    widths = {"latent": dim} | ({"rope": rope} if rope else {})
+    tensors = {}
+    for name, width in widths.items():
+        query = torch.randn(batch, heads, queries, width, generator=generator)
+        tensors[f"query_{name}"] = lay_out(query.to(device, dtype), layout)
+    for name, width in widths.items():
+        vectors = torch.randn(batch, keys, width, generator=generator)
+        vectors *= torch.randn(width, generator=generator).div(2).exp()
+        tensors[name] = lay_out(vectors.to(device, latent_dtype or dtype), layout)
+    if mask is not None:
+        tensors["mask"] = (torch.rand(mask, generator=generator) < 0.7).to(device)
+    return tensors
 
 
 def lay_out(tensor: Tensor, layout: Layout) -> Tensor:

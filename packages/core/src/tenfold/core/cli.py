@@ -176,10 +176,11 @@ def _verb(method: Method, arguments: list[str]) -> int:
     from .messages import one_line
 
     function = method.verbs[verb]
+    # Not jsonargparse.auto_cli: that keeps an option `--config` for itself, and verbs may want one.
+    parser = jsonargparse.ArgumentParser(prog=f"tenfold {method.name} {verb}", exit_on_error=False, allow_abbrev=False)
+    parser.add_function_arguments(function, as_positional=True, sub_configs=True)
     try:
-        result = jsonargparse.auto_cli(
-            function, args=rest, prog=f"tenfold {method.name} {verb}", exit_on_error=False, allow_abbrev=False
-        )
+        result = function(**parser.instantiate(parser.parse_args(rest)))
     except argparse.ArgumentError as error:
         raise UserError(one_line(str(error), lambda where: inspect.signature(function).parameters)) from error
     except (ValueError, OSError) as error:

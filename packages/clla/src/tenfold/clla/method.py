@@ -1,0 +1,20 @@
+"""What the `tenfold` command knows of this package."""
+
+from tenfold.core.data.text import TextDataModule
+from tenfold.core.methods import Method
+
+from . import claims
+from .budget import budget
+from .convert import convert
+from .module import CLLAModule
+
+METHOD = Method(
+    name="clla",
+    title="Cross-Layer Latent Attention: a KV cache under 2 %",
+    paper="Lossless KV Cache Compression to 2%, arXiv 2410.15252",
+    module=CLLAModule,
+    datamodule=TextDataModule,
+    package="tenfold.clla",
+    claims=(claims.ladder_loss, claims.cache_bytes, claims.latent_rounding, claims.decode_time),
+    verbs={"budget": budget, "convert": convert},
+)

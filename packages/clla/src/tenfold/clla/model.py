@@ -1,0 +1,173 @@
+"""CLLA as a transformers model: Llama's own parts around shared latent attention."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+
+from .attention import HeadsAttention, LatentAttention
+from .cache import CLLACache
+from .config import CLLAConfig
+
+
+def register() -> None:
+    """Make CLLA known to `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`, so that they load its folders.
+
+    Example:
+        >>> register()
+        >>> model = AutoModelForCausalLM.from_pretrained("runs/my-clla")
+    """
+    AutoConfig.register("clla", CLLAConfig, exist_ok=True)
+    AutoModel.register(CLLAConfig, CLLAModel, exist_ok=True)
+    AutoModelForCausalLM.register(CLLAConfig, CLLAForCausalLM, exist_ok=True)
+
+
+class CLLARotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's, as wide as the rotary part, with a converted model's own frequencies where it has them."""
+
+    def __init__(self, config: CLLAConfig):
+        config = config.__class__.from_dict(config.to_dict())
+        config.head_dim = config.rotary_dim or 2  # which is what Llama's goes by
+        super().__init__(config)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: CLLAConfig, **kwargs) -> tuple[Tensor, float]:
+        """Radians per token of each pair."""
+        frequencies, scaling = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+        if config.rope_frequencies is not None:
+            frequencies = frequencies.new_tensor(config.rope_frequencies)
+        return frequencies, scaling
+
+
+class CLLADecoderLayer(LlamaDecoderLayer):
+    """Llama's block with another attention."""
+
+    def __init__(self, config: CLLAConfig, layer_idx: int):
+        GradientCheckpointingLayer.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = {"latent": LatentAttention, "heads": HeadsAttention}[config.attention](config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class CLLAPreTrainedModel(LlamaPreTrainedModel):
+    """What transformers has to know of the model."""
+
+    config_class = CLLAConfig
+    config: CLLAConfig
+    _no_split_modules: ClassVar = ["CLLADecoderLayer"]
+    # Keys are wider than values, and the cache's own attention takes the masks of these two alone.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+    _can_record_outputs: ClassVar = {
+        "hidden_states": CLLADecoderLayer,
+        "attentions": (LatentAttention, HeadsAttention),
+    }
+
+
+class CLLAModel(CLLAPreTrainedModel, LlamaModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: CLLAConfig):
+        LlamaPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([CLLADecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = CLLARotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: CLLACache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """As Llama's. A cache is made where `use_cache` asks for one, by default in evaluation mode.
+
+        A given cache must be a `CLLACache`. What it holds from earlier calls is detached: no gradient flows there.
+
+        Raises:
+            ValueError, TypeError: a cache of another kind or config, or more tokens than the model has positions.
+        """
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if past_key_values is None and use_cache and not (self.training and self.gradient_checkpointing):
+            past_key_values = CLLACache(self.config)
+        if past_key_values is not None:
+            if not isinstance(past_key_values, CLLACache):
+                got = type(past_key_values).__name__
+                raise TypeError(f"past_key_values: expected a CLLACache(model.config), got a {got}")
+            past_key_values.check(self.config)
+        inputs = inputs_embeds if input_ids is None else input_ids
+        length = (past_key_values.get_seq_length() if past_key_values is not None else 0) + inputs.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"input_ids: {length} tokens, cache included, but the model's max_position_embeddings is "
+                f"{self.config.max_position_embeddings}"
+            )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            shared={},
+            **kwargs,
+        )
+
+
+class CLLAForCausalLM(CLLAPreTrainedModel, LlamaForCausalLM):
+    """A causal language model whose cache is small: MHA, MQA, GQA, CLA, MLA or CLLA, by its config.
+
+    Example:
+        >>> model = CLLAForCausalLM(CLLAConfig(hidden_size=2048, num_hidden_layers=24, num_attention_heads=16))
+        >>> model.generate(tokens, max_new_tokens=100)
+    """
+
+    def __init__(self, config: CLLAConfig):
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = CLLAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        """Give `generate` a CLLACache where it would make a DynamicCache, StaticCache or QuantizedCache."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+            return
+        kind = generation_config.cache_implementation
+        kinds = (None, "dynamic", "static", "offloaded", "offloaded_static")
+        if kind not in kinds:
+            accepted = ", ".join(map(repr, kinds[1:]))
+            raise ValueError(
+                f"cache_implementation: accepted are {accepted}, got {kind!r}; the bits of the cache are the config's "
+                "cache_bits"
+            )
+        static = kind is not None and "static" in kind
+        length = max(max_cache_length, generation_config.max_cache_len or 0) if static else None
+        model_kwargs["past_key_values"] = CLLACache(
+            self.config, max_length=length, offloading=kind is not None and "offloaded" in kind
+        )

@@ -1,0 +1,83 @@
+"""The Triton kernels of `latent_attention` as they ship, compiled ahead of time for chips that are not here."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tenfold.kernels import pack_latents
+from tenfold.kernels.testing import compile_launch, latent_inputs, recorded_launches, shared_limit
+
+kernels = pytest.importorskip("tenfold.kernels.latent.triton")
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled"
+)
+
+HALF, FULL = torch.bfloat16, torch.float32
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Chip, dtype of the queries, bits of the cache, queries, and whether a mask hides keys.
+CASES = [
+    *((chip, HALF, 4, 1, False) for chip in (*CHIPS, "sm_86")),
+    *((chip, HALF, 4, 64, True) for chip in CHIPS),
+    *((chip, HALF, 8, 1, True) for chip in CHIPS),
+    ("sm_90", HALF, None, 1, False),
+    ("sm_90", torch.float16, None, 64, False),
+    ("sm_90", FULL, 4, 1, False),
+    ("gfx942", FULL, 4, 1, False),
+]
+
+
+def launches(chip, dtype, bits, queries, masked):
+    """The two launches of a call at the paper's sizes, as that chip would get them."""
+    tensors = latent_inputs(1, 16, queries, 4096, 512, rope=64, dtype=dtype)
+    cache = [tensors[name] if bits is None else pack_latents(tensors[name], bits=bits) for name in ("latent", "rope")]
+    mask = torch.ones(1, 16, queries, 4096, dtype=torch.bool) if masked else None
+    with pytest.MonkeyPatch.context() as patch, recorded_launches() as recorded:
+        patch.setattr(kernels, "_architecture", lambda x: chip)
+        patch.setattr(torch.version, "hip", "6.4" if chip.startswith("gfx") else None)
+        kernels.forward(tensors["query_latent"], tensors["query_rope"], *cache, mask, True, 0.1)
+    assert [launch.kernel.__name__ for launch in recorded] == ["_split_kernel", "_merge_kernel"]
+    return recorded
+
+
+@pytest.fixture(scope="module")
+def compiling():
+    """All that is to be compiled, on its way: the compilers let go of the GIL, so threads use every core."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {case: pool.submit(compile_launch, launches(*case)[0], target=case[0]) for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
+def test_what_the_compilers_make_of_the_kernel(compiling, case):
+    chip, dtype, _, _, masked = case
+    compiled = compiling[case].result()
+    assert compiled.spilled == 0, compiled
+    assert compiled.shared <= shared_limit(chip), compiled
+    # NVIDIA's tensor cores do not take full float32.
+    assert (compiled.tensor_core > 0) == (dtype != FULL or chip == "gfx942"), compiled
+    assert max(compiled.loads) == 16, compiled  # codes and queries
+    if not masked:  # the narrowest are of scales, half-precision numbers; those of a mask are bytes
+        assert min(compiled.loads) >= 2, compiled
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_merge_compiles(chip):
+    compiled = compile_launch(launches(chip, HALF, 4, 1, False)[1], target=chip)
+    assert compiled.spilled == 0
+    assert max(compiled.loads) == 16
+
+
+@pytest.mark.parametrize(("switch", "products"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_float32_follows_torchs_switch(switch, products):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(switch)
+    try:
+        split, _ = launches("sm_90", FULL, 4, 1, False)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert split.kwargs["PRECISION"] == products
+    compiled = compile_launch(split, target="sm_90")
+    assert compiled.spilled == 0
+    assert (compiled.tensor_core > 0) == (switch != "highest")
