@@ -3,5 +3,15 @@
 from .backend import use_backend
 from .cog import cog_attention
 from .logprob import linear_logprob
+from .moe import Routing, grouped_matmul, permute_tokens, route_tokens, unpermute_tokens
 
-__all__ = ["cog_attention", "linear_logprob", "use_backend"]
+__all__ = [
+    "Routing",
+    "cog_attention",
+    "grouped_matmul",
+    "linear_logprob",
+    "permute_tokens",
+    "route_tokens",
+    "unpermute_tokens",
+    "use_backend",
+]
