@@ -1,14 +1,22 @@
-"""Permutation and grouped products on the CPU: one product of the matrix library per group, into its place.
+"""Permutation and grouped products on the CPU: one product of a matrix library per group.
 
-Half-precision products are computed in float32: bfloat16 matrix products are far slower on most CPUs.
+Large float32 products go to oneDNN: torch's own are MKL's, which keeps to AVX2 on AMD processors and there
+takes twice as long where AVX-512 is to be had. oneDNN compiles a kernel for every shape that it meets, so the
+number of rows is rounded up to a multiple of `ROWS`. Half-precision products are computed in float32:
+bfloat16 matrix products are far slower on most CPUs.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .reference import require_bounds
+
+ROWS = 16
+LARGE = 1 << 18  # multiplications from which on oneDNN's constant cost per call does not count
 
 
 def permute(x: Tensor, row: Tensor) -> Tensor:
@@ -53,46 +61,78 @@ def unpermute_backward(grad: Tensor, y: Tensor, weight: Tensor, row: Tensor, dro
 def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """A product per group, zeros after the last."""
     out = x.new_empty(len(x), weight.shape[2])
-    for e, group in _groups(offsets, out):
-        _multiply(x[group], weight[e], out=out[group])
+    for e, a, b in _groups(offsets, out):
+        _multiply_rows(x, weight[e], out, a, b)
     return out
 
 
 def grouped_matmul_backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, needed: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x, by row and expert the product with the transposed weight, and of weight, Xᵀ dY of each group."""
+    """Gradients of x, rows of dY times the transposed weight, and of weight, Xᵀ dY of each group."""
+    grad = grad.contiguous()
     dx = x.new_empty(x.shape) if needed[0] else None
-    dweight = torch.empty_like(weight) if needed[1] else None  # with weight's own layout
-    for e, group in _groups(offsets, dx, empty=dweight):
+    dweight = torch.empty_like(weight) if needed[1] else None  # in weight's own layout
+    for e, a, b in _groups(offsets, dx, dweight):
         if needed[0]:
-            _multiply(grad[group], weight[e].t(), out=dx[group])
+            _multiply_rows(grad, weight[e].t(), dx, a, b)
         if needed[1]:
-            _multiply(x[group].t(), grad[group], out=dweight[e])
+            _multiply_over_rows(x, grad, dweight[e], a, b)
     return dx, dweight
 
 
-def _groups(offsets: Tensor, rows: Tensor | None, empty: Tensor | None = None) -> Iterator[tuple[int, slice]]:
-    """The groups that have rows. Zeros go to `rows` after the last, and to `empty` for those that have none."""
+def _groups(offsets: Tensor, rows: Tensor | None, weights: Tensor | None = None) -> Iterator[tuple[int, int, int]]:
+    """Each group that has rows: its number, first row and end. What belongs to no row becomes 0."""
     bounds = offsets.tolist()
     if rows is not None:
         require_bounds(bounds, len(rows))
         rows[bounds[-1] :] = 0
-    for e, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for e, (a, b) in enumerate(pairwise(bounds)):
         if a < b:
-            yield e, slice(a, b)
-        elif empty is not None:
-            empty[e] = 0
+            yield e, a, b
+        elif weights is not None:
+            weights[e] = 0
 
 
-def _multiply(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+def _multiply_rows(x: Tensor, weight: Tensor, out: Tensor, a: int, b: int) -> None:
+    """`out[a:b] = x[a:b] @ weight`."""
+    if not _onednn(x, weight, b - a):
+        _multiply(x[a:b], weight, out[a:b])
+        return
+    rows = min(-(-(b - a) // ROWS) * ROWS, len(x))
+    first = min(a, len(x) - rows)  # the rows of a neighbour that come along are thrown away
+    out[a:b] = _linear(_wide(x[first : first + rows]), _wide(weight).t())[a - first : b - first]
+
+
+def _multiply_over_rows(x: Tensor, grad: Tensor, out: Tensor, a: int, b: int) -> None:
+    """`out = x[a:b]ᵀ @ grad[a:b]`."""
+    if out.stride(0) == 1 and out.stride(1) != 1:  # by columns: the transposed product, by rows
+        x, grad, out = grad, x, out.t()
+    x, grad = x[a:b], grad[a:b]
+    if not _onednn(x, out, b - a):
+        _multiply(x.t(), grad, out)
+        return
+    filling = (0, 0, 0, -(b - a) % ROWS)
+    out.copy_(_linear(F.pad(_wide(x), filling).t(), F.pad(_wide(grad), filling).t()))
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     if a.dtype in (torch.float32, torch.float64):
-        # By columns, the product is that of the transposes.
-        if out.stride(0) == 1 and out.stride(1) != 1:
-            a, b, out = b.t(), a.t(), out.t()
         torch.mm(a, b, out=out)
     else:
         out.copy_(a.float() @ b.float())
+
+
+def _onednn(x: Tensor, weight: Tensor, rows: int) -> bool:
+    """Whether to multiply by oneDNN: `torch.backends.mkldnn` is the switch."""
+    if x.dtype == torch.float64 or rows * weight.numel() < LARGE or not torch.backends.mkldnn.is_available():
+        return False
+    return torch._C._get_mkldnn_enabled() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weightᵀ` by oneDNN, as torch's own compiler calls it."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def _wide(x: Tensor) -> Tensor:

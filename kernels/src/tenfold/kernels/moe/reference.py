@@ -3,6 +3,8 @@
 `route_tokens` is also what runs on the CPU: it takes a percent of the time of the experts that follow.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -30,12 +32,14 @@ def route_tokens(
 def route_tokens_backward(
     dweight: Tensor, dbalance: Tensor, logits: Tensor, expert: Tensor, weight: Tensor, chosen: Tensor
 ) -> Tensor:
-    """The gradient of the logits z; with w the weights, over the experts that token t uses, and u_e = chosen_e/T:
+    """The gradient of the logits z.
 
-    top_k = 1:  dz_e = dw·w·(1[e used] - p_e)
-    top_k > 1:  dz_e = w_e·(dw_e - Σ_i dw_i w_i), 0 where not used
-    and from the balance loss  dz_e += dbalance·E/T·p_e·(u_e - Σ_i p_i u_i)
-    """  # fmt: skip
+    With w the weights of the experts that the token uses, and u_e = chosen_e/T:
+
+        top_k = 1:  dz_e = dw·w·(1[e used] - p_e)
+        top_k > 1:  dz_e = w_e·(dw_e - Σ_i dw_i w_i), 0 where not used
+        and from the balance loss  dz_e += dbalance·E/T·p_e·(u_e - Σ_i p_i u_i)
+    """
     T, E = logits.shape
     p = logits.softmax(1, dtype=weight.dtype)
     u = chosen.to(p.dtype) / max(T, 1)
@@ -72,7 +76,7 @@ def require_bounds(bounds: list[int], rows: int) -> None:
     """Raise ValueError unless the offsets are 0, then never fall, and end within the rows."""
     if bounds[0] != 0:
         raise ValueError(f"offsets: must begin with 0, got {bounds[0]}")
-    for i, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (a, b) in enumerate(pairwise(bounds)):
         if b < a:
             raise ValueError(f"offsets: must not fall, got {a} and then {b}, at position {i + 1}")
     if bounds[-1] > rows:

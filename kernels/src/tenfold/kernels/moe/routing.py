@@ -108,9 +108,9 @@ def _forward(
     """What a `Routing` holds, and how many choose each expert, `(E,)` int64."""
     if backend == "cpu":
         return reference.route_tokens(logits, top_k, capacity, recycle, seed)
-    from . import triton
+    from . import triton_routing
 
-    return triton.route_tokens(logits, top_k, capacity, recycle, seed)
+    return triton_routing.route_tokens(logits, top_k, capacity, recycle, seed)
 
 
 @_forward.register_fake
@@ -133,9 +133,9 @@ def _backward(
 ) -> Tensor:
     if backend == "cpu":
         return reference.route_tokens_backward(dweight, dbalance, logits, expert, weight, chosen)
-    from . import triton
+    from . import triton_routing
 
-    return triton.route_tokens_backward(dweight, dbalance, logits, expert, weight, chosen)
+    return triton_routing.route_tokens_backward(dweight, dbalance, logits, expert, weight, chosen)
 
 
 @_backward.register_fake
