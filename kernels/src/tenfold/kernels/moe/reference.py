@@ -14,7 +14,7 @@ ROUNDS = 24  # of the shuffle; a place stays where it is in all of them with pro
 def route_tokens(
     logits: Tensor, top_k: int, capacity: int, recycle: bool, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `Routing`, and how many choose each expert."""
+    """The fields of `Routing`, those with gradients first, and how many choose each expert."""
     T, E = logits.shape
     p = logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
     if logits.device.type == "cpu":
@@ -26,7 +26,7 @@ def route_tokens(
     if top_k > 1:
         weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
     balance_loss = E / max(T, 1) ** 2 * (p.sum(0) * chosen).sum()
-    return expert, weight, slot, load, recycled, dropped, balance_loss, row, offsets, chosen
+    return weight, balance_loss, expert, slot, load, recycled, dropped, row, offsets, chosen
 
 
 def route_tokens_backward(
@@ -44,12 +44,13 @@ def route_tokens_backward(
     p = logits.softmax(1, dtype=weight.dtype)
     u = chosen.to(p.dtype) / max(T, 1)
     dlogits = (dbalance * E / max(T, 1)) * p * (u - (p @ u)[:, None])
-    flow = dweight * weight
-    total = flow.sum(1, keepdim=True)
     if expert.shape[1] == 1:
-        dlogits -= total * p
+        flow = dweight * weight
+        dlogits -= flow * p
     else:
-        flow = flow - weight * total
+        # The same for all of a token's dw changes nothing: without the first one's, less is cancelled.
+        dweight = dweight - dweight[:, :1]
+        flow = weight * (dweight - (dweight * weight).sum(1, keepdim=True))
     return dlogits.scatter_add_(1, expert.clamp(min=0), flow).to(logits.dtype)
 
 

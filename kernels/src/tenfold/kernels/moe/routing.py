@@ -98,14 +98,15 @@ def route_tokens(
         outputs = reference.route_tokens(logits, top_k, limit, recycle, seed)
     else:
         outputs = _forward(logits, seed, top_k, limit, recycle, backend)
-    return Routing(*outputs[:9])
+    weight, balance_loss, expert, slot, load, recycled, dropped, row, offsets, _ = outputs
+    return Routing(expert, weight, slot, load, recycled, dropped, balance_loss, row, offsets)
 
 
 @torch.library.custom_op("tenfold::route_tokens", mutates_args=())
 def _forward(
     logits: Tensor, seed: Tensor | None, top_k: int, capacity: int, recycle: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What a `Routing` holds, and how many choose each expert, `(E,)` int64."""
+    """What a `Routing` holds, those with gradients first, and how many choose each expert, `(E,)` int64."""
     if backend == "cpu":
         return reference.route_tokens(logits, top_k, capacity, recycle, seed)
     from . import triton_routing
@@ -121,8 +122,8 @@ def _(logits, seed, top_k, capacity, recycle, backend):
         return logits.new_empty(shape, dtype=dtype)
 
     return (
-        *(tensor(T, top_k), tensor(T, top_k, dtype=wide), tensor(T, top_k), tensor(E)),
-        *(tensor(T, top_k, dtype=torch.bool), tensor(T, top_k, dtype=torch.bool), tensor(dtype=wide)),
+        *(tensor(T, top_k, dtype=wide), tensor(dtype=wide), tensor(T, top_k), tensor(T, top_k), tensor(E)),
+        *(tensor(T, top_k, dtype=torch.bool), tensor(T, top_k, dtype=torch.bool)),
         *(tensor(T, top_k), tensor(E + 1), tensor(E)),
     )
 
@@ -145,12 +146,12 @@ def _(dweight, dbalance, logits, expert, weight, chosen, backend):
 
 def _save(ctx, inputs, output):
     logits, *_, ctx.backend = inputs
-    expert, weight, slot, load, recycled, dropped, _, row, offsets, chosen = output
+    weight, _, expert, slot, load, recycled, dropped, row, offsets, chosen = output
     ctx.mark_non_differentiable(expert, slot, load, recycled, dropped, row, offsets, chosen)
     ctx.save_for_backward(logits, expert, weight, chosen)
 
 
-def _differentiate(ctx, dexpert, dweight, dslot, dload, drecycled, ddropped, dbalance, drow, doffsets, dchosen):
+def _differentiate(ctx, dweight, dbalance, *_):
     return _backward(dweight, dbalance, *ctx.saved_tensors, ctx.backend), None, None, None, None, None
 
 

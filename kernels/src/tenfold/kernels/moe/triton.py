@@ -80,12 +80,13 @@ def tiles(dtype: torch.dtype, architecture: str, rows: int) -> tuple[int, int, i
     """Rows, columns and depth of a tile, warps of a program, and stages of its pipeline, for groups of so many rows."""
     if architecture == "interpreter":
         return (64, 64, 64, 4, 1)
-    amd, full = architecture.startswith("gfx"), dtype == torch.float32
     height = 128 if rows > 64 else 64 if rows > 16 else 16
-    stages = 2 if amd else 3
-    if full and architecture.startswith(("sm_8", "sm_12")):  # TF32x3 from registers: a larger tile spills them
-        return (min(height, 128), 64, 32, 8 if height == 128 else 4, stages)
-    return (height, 128, 32 if full else 64, 8 if height == 128 else 4, stages)
+    stages = 2 if architecture.startswith("gfx") else 3
+    if dtype != torch.float32:
+        return (height, 128, 64, 8 if height == 128 else 4, stages)
+    # Without tensor cores, or with three TF32 products for one of float32, the operands come out of registers.
+    width = 64 if architecture.startswith(("sm_8", "sm_12")) else 128
+    return (height, width, 32, 4 if height == 16 else 8, stages)
 
 
 def _multiply_groups(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

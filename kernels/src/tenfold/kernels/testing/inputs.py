@@ -1,5 +1,6 @@
 """Inputs that find bugs: seeded, in every memory layout, with numbers on which all dtypes agree."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -80,6 +81,51 @@ def logprob_inputs(
     if bias:
         tensors["bias"] = torch.randn(vocab, generator=generator).to(device, dtype)
     return tensors
+
+
+def grouped_inputs(
+    sizes: Sequence[int] = (5, 0, 17, 1),
+    dim: int = 24,
+    out: int = 16,
+    *,
+    rest: int = 0,
+    linear: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    layout: Layout = "contiguous",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """`x`, `weight`, `offsets` for `grouped_matmul`, groups of the given sizes and `rest` rows after them.
+
+    `linear`: the weights lie in memory as `(E, out, dim)`, as those of `torch.nn.Linear`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(sizes) + rest, dim, generator=generator)
+    weight = torch.randn(len(sizes), dim, out, generator=generator) / dim**0.5
+    if linear:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    return {
+        "x": lay_out(x.to(device, dtype), layout),
+        "weight": weight.to(device, dtype) if linear else lay_out(weight.to(device, dtype), layout),
+        "offsets": offsets.to(device),
+    }
+
+
+def routing_logits(
+    tokens: int = 37,
+    experts: int = 8,
+    *,
+    skew: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    layout: Layout = "contiguous",
+    seed: int = 0,
+) -> Tensor:
+    """Logits for `route_tokens`, in which the first expert is ahead of the last by `skew` on average."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(tokens, experts, generator=generator) + skew * torch.linspace(1, 0, experts)
+    return lay_out(logits.to(device, dtype), layout)
 
 
 def lay_out(tensor: Tensor, layout: Layout) -> Tensor:
