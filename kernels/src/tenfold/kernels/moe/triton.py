@@ -85,8 +85,9 @@ def tiles(dtype: torch.dtype, architecture: str, rows: int) -> tuple[int, int, i
     if dtype != torch.float32:
         return (height, 128, 64, 8 if height == 128 else 4, stages)
     # Without tensor cores, or with three TF32 products for one of float32, the operands come out of registers.
-    width = 64 if architecture.startswith(("sm_8", "sm_12")) else 128
-    return (height, width, 32, 4 if height == 16 else 8, stages)
+    small = architecture.startswith(("sm_8", "sm_12"))
+    warps = 4 if height == 16 or (height == 64 and architecture.startswith("sm_10")) else 8
+    return (height, 64 if small else 128, 32, warps, 2 if architecture.startswith("sm_12") else stages)
 
 
 def _multiply_groups(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

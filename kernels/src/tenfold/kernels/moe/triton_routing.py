@@ -95,7 +95,7 @@ def route_tokens_backward(
 def _tile(E: int) -> tuple[int, int, int]:
     """Experts and tokens of a tile, and warps of a program."""
     block_e = max(16, triton.next_power_of_2(E))
-    return block_e, max(8, min(64, TILE // block_e)), 4 if block_e <= 128 else 8
+    return block_e, max(8, min(64, TILE // block_e)), 4 if block_e < 128 else 8
 
 
 @triton.jit
