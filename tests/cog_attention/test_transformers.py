@@ -1,15 +1,22 @@
 """`attn_implementation="cog"` in transformers models: values, masks, caches, and no sight of the future."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartModel,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     StaticCache,
+    ViTConfig,
+    ViTModel,
 )
 
 from tenfold.cog_attention import attention_weights, keep_softmax, register
@@ -137,11 +144,46 @@ def test_one_layer_is_cog_and_the_others_softmax(tokens):
         assert torch.equal(cog(tokens).logits, softmax(tokens).logits)
 
 
-def test_the_kept_layers_survive_saving(model, tokens, tmp_path):
+@torch.no_grad()
+def test_a_saved_model_loads_as_cog_again_and_again(model, tokens, tmp_path):
+    """Transformers does not save the attention's name: by default the weights would load into a softmax model."""
+    expected = model(tokens).logits
+    loaded = model
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        loaded.save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert torch.equal(loaded(tokens).logits, expected)
+
+
+def test_a_saved_model_does_not_load_as_softmax_where_cog_is_unknown(model, tokens, tmp_path):
+    model(tokens)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="cog").eval()
-    with torch.no_grad():
-        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    load = f"from transformers import LlamaForCausalLM as L; L.from_pretrained({str(tmp_path)!r})"
+    answer = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
+    assert answer.returncode
+    assert 'attn_implementation="cog"` is not supported' in answer.stderr
+
+
+def test_models_whose_layers_cannot_be_told_apart_are_refused():
+    register()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    vit = ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4, attn_implementation="cog"))
+    bart = BartModel(
+        BartConfig(
+            vocab_size=50,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=3,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            attn_implementation="cog",
+        )
+    )
+    for model in (vit, bart):
+        with pytest.raises(ValueError, match="does not number its attention layers from 0 to 1"):
+            keep_softmax(model)
 
 
 def test_gradients_reach_every_parameter(model, tokens):

@@ -115,6 +115,19 @@ def test_run_folder_holds_all_that_evaluation_needs(capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_root_of_the_run_folders_can_be_chosen(capsys):
+    assert main([*FIT, "--trainer.default_root_dir", "elsewhere"]) == 0
+    assert Path("elsewhere/toy/tiny/checkpoints/last.ckpt").exists()
+    assert not Path("runs").exists()
+    assert main(["fit", "toy", "--resume", "--trainer.default_root_dir=elsewhere"]) == 0
+    Path("root.yaml").write_text("trainer: {default_root_dir: third}\n")
+    assert main([*FIT, "--config", "root.yaml"]) == 0
+    assert Path("third/toy/root/checkpoints/last.ckpt").exists()
+    assert main(["test", "toy", "--ckpt_path", "elsewhere/toy/tiny/checkpoints/last.ckpt"]) == 2
+    assert "test: Toy has no test_step" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_nan_is_one_line_and_status_1(monkeypatch, capsys):
     monkeypatch.setenv("TOY_NAN", "4")
     assert main(FIT) == 1
@@ -175,6 +188,7 @@ MISTAKES = {
     "fit toy --config tiny --ckpt_path no.ckpt": ["checkpoint no.ckpt: there is no such file"],
     "fit toy --config tiny --ckpt_path broken.yaml": ["checkpoint broken.yaml: damaged"],
     "validate toy --config tiny --ckpt_path broken.yaml": ["checkpoint broken.yaml: damaged"],
+    "validate toy --config tiny": ["ckpt_path: validate needs a checkpoint"],
 }
 
 
@@ -217,7 +231,7 @@ def refused(arguments, words, capsys):
     assert "Traceback" not in err
     for word in words:
         assert word in err
-    assert not list(Path().glob("runs/**/*.*")), "nothing half written"
+    assert not Path("runs").exists(), "nothing half written"
 
 
 def test_reproduce(monkeypatch, capsys):

@@ -108,7 +108,7 @@ def test_periodic_checkpoints_are_resumable(toy, tmp_path, monkeypatch, argument
     whole = train(toy, tmp_path / "whole", **arguments)
     saved = []
 
-    def save(self, trainer, *rest):
+    def save(self, trainer, **options):
         if trainer.global_step == 5:
             trainer.save_checkpoint(self.path)
             saved.append(trainer.global_step)
@@ -118,6 +118,21 @@ def test_periodic_checkpoints_are_resumable(toy, tmp_path, monkeypatch, argument
     train(toy, tmp_path / "crashed", **arguments)
     assert saved == [5]
     assert_same(train(toy, tmp_path / "crashed", seed=7, resume=True, **arguments), whole)
+
+
+def test_every_validation_leaves_a_checkpoint_to_go_on_from(toy, tmp_path, monkeypatch):
+    whole = train(toy, tmp_path / "whole", val_check_interval=5)
+    save = LastCheckpoint._save
+
+    def first(self, trainer):
+        if not self.path.exists():
+            save(self, trainer)
+
+    monkeypatch.setattr(LastCheckpoint, "_save", first)  # as if it crashed before the next one
+    train(toy, tmp_path / "crashed", val_check_interval=5)
+    assert load_checkpoint(tmp_path / "crashed" / "last.ckpt")["global_step"] == 5
+    monkeypatch.undo()
+    assert_same(train(toy, tmp_path / "crashed", seed=7, resume=True, val_check_interval=5), whole)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")

@@ -211,6 +211,18 @@ def test_the_first_row_is_the_signed_value(backend):
     assert cog_attention(**tensors, causal=True)[:, :, 0].equal(expected)
 
 
+@pytest.mark.parametrize("seed", [19, 25, 31])
+def test_half_precision_with_nearly_one_hot_weights(seed):
+    """Gradients that are small differences: from an output rounded to half precision they came out too far off."""
+
+    def reference(**arguments):
+        with use_backend("reference"):
+            return cog_attention(**arguments)
+
+    tensors = cog_inputs(3, 4, 200, 2, 64, kv_heads=2, dtype=torch.bfloat16, seed=seed)
+    check_op(cog_attention, reference, tensors, grads=QKV, causal=True, scale=2.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("small_tiles")
 def test_huge_scores(dtype):

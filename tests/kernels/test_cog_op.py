@@ -1,5 +1,7 @@
 """`cog_attention` as a citizen of torch: opcheck, compile, autocast, errors, and the memory it promises."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -112,6 +114,28 @@ def test_a_second_derivative_is_refused_not_wrong():
         first.sum().backward()
 
 
+def test_forward_mode_is_refused_not_zero():
+    query, key, value = cog_inputs(1, 1, 4, 4, 4).values()
+
+    def f(query):
+        return cog_attention(query, key, value)
+
+    with pytest.raises(NotImplementedError, match="query: forward-mode"):
+        torch.func.jvp(f, (query,), (query,))
+    with use_backend("reference"):
+        assert torch.func.jvp(f, (query,), (query,))[1].any()
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton", "reference", None])
+def test_meta_tensors_have_shapes(name):
+    leaves = [x.requires_grad_() for x in cog_inputs(2, 4, 5, 7, 8, kv_heads=2, device="meta").values()]
+    with use_backend(name) if name else nullcontext():
+        out = cog_attention(*leaves, causal=True)
+        grads = torch.autograd.grad(out.sum(), leaves)
+    assert out.shape == (2, 4, 5, 8)
+    assert [g.shape for g in grads] == [x.shape for x in leaves]
+
+
 def test_memory_grows_with_the_length_not_its_square():
     def peaks(time):
         query, key, value = (x.requires_grad_() for x in cog_inputs(1, 1, time, time, 64).values())
@@ -169,6 +193,10 @@ def good():
         ({"mask": torch.ones(5, 4).bool()}, ValueError, r"mask: shape \(5, 4\) .* \(2, 4, 5, 5\)"),
         ({"mask": torch.ones(1, 2, 4, 5, 5).bool()}, ValueError, "mask: shape .* does not broadcast"),
         ({"mask": torch.ones(5, 5, device="meta").bool()}, ValueError, "mask: is on meta, query on cpu"),
+        ({"query": None}, TypeError, "query: expected a tensor, got NoneType"),
+        ({"mask": [[True]]}, TypeError, "mask: expected a tensor, got list"),
+        ({"causal": "no"}, TypeError, "causal: expected a bool, got 'no'"),
+        ({"scale": torch.tensor(0.3)}, TypeError, "scale: expected a number, got Tensor"),
         ({"scale": float("nan")}, ValueError, "scale: must be finite, got nan"),
         ({"scale": float("inf")}, ValueError, "scale: must be finite, got inf"),
     ],

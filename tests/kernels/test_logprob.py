@@ -288,6 +288,8 @@ def test_memory_grows_by_rows_not_by_scores():
             "weight: dtype torch.float16 differs from hidden's",
         ),
         ({"bias": torch.zeros(9).double()}, TypeError, "bias: dtype torch.float64 differs from hidden's"),
+        ({"weight": None}, TypeError, "weight: expected a tensor, got NoneType"),
+        ({"ignore_index": None}, TypeError, "ignore_index: expected an int, got None"),
         ({"target": torch.zeros(6, dtype=torch.int32)}, TypeError, "target: expected int64, got torch.int32"),
         ({"weight": torch.zeros(9, 4, device="meta")}, ValueError, "weight: is on meta, hidden on cpu"),
         ({"hidden": torch.zeros(6, 0)}, ValueError, r"hidden: expected .* got shape \(6, 0\)"),

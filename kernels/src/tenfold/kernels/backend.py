@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Backend = Literal["reference", "cpu", "triton"]
 
@@ -71,10 +72,28 @@ def architecture(tensor: Tensor) -> str:
     return f"sm_{major}{minor}"
 
 
+def require_tensors(**arguments: object) -> None:
+    """Refuse arguments that are no tensors, with a TypeError that names the first."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def refuse_tangents(**tensors: Tensor) -> None:
+    """Refuse dual numbers, of `torch.func.jvp` say: torch would drop the tangent of a custom op without a word."""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: forward-mode differentiation is not supported; use_backend('reference') has it"
+            )
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """`tensors` in the autocast dtype where autocast is on for their device, as torch's own matmuls do."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..backend import autocast, choose_backend
+from ..backend import autocast, choose_backend, refuse_tangents, require_tensors
 from . import cpu, reference
 
 __all__ = ["cog_attention"]
@@ -50,6 +50,7 @@ def cog_attention(
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or scale, before anything is computed.
+        NotImplementedError: forward-mode differentiation; there is no second derivative either.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 8, 128, 64).unbind()
@@ -57,8 +58,13 @@ def cog_attention(
         torch.Size([1, 8, 128, 64])
 
     """
+    require_tensors(query=query, key=key, value=value, **{} if mask is None else {"mask": mask})
     query, key, value = autocast(query, key, value)
     _check(query, key, value, mask)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: expected a bool, got {causal!r}")
+    if isinstance(scale, Tensor | str):  # a tensor's gradient would be lost
+        raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     if not -math.inf < scale < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"scale: must be finite, got {scale}")
@@ -70,6 +76,7 @@ def cog_attention(
         return reference.cog_attention(query, key, value, causal=causal, mask=mask, scale=scale)
     if backend == "triton" and query.dtype == torch.float64:
         raise TypeError("query: float64 is not supported by the triton backend; use_backend('reference') takes it")
+    refuse_tangents(query=query, key=key, value=value)
     return _forward(query, key, value, mask, causal, scale, backend)[0]
 
 

@@ -73,6 +73,8 @@ def backward(
             nothing = tile.hidden.all(-1, keepdim=True).flatten(1, 2)
             rows, outs, douts = (x.masked_fill(nothing, 0.0) for x in (rows, outs, douts))
         weights, sign = _weights(rows, k, bad, tile, scale, scores, signs)
+        if out.dtype != k.dtype:  # δ is a small difference: out rounded to half precision would spoil it
+            outs = torch.bmm(weights, _keys(v, tile))
         _keys(dv, tile).baddbmm_(weights.mT, douts)
         delta = (douts * outs).sum(-1, keepdim=True)
         dscores = torch.bmm(douts, _keys(v, tile).mT, out=_view(products, weights.shape))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import autocast, choose_backend
+from ..backend import autocast, choose_backend, refuse_tangents, require_tensors
 from . import cpu, reference
 
 __all__ = ["linear_logprob"]
@@ -40,6 +40,7 @@ def linear_logprob(
         ValueError, TypeError: a wrong shape, dtype or device, and on the CPU a target out of range, before
             anything is computed. On CUDA and ROCm, where reading the targets would make the host wait for the
             device, a row whose target is out of range gives NaN instead, in the result and in the gradients.
+        NotImplementedError: forward-mode differentiation; there is no second derivative either.
 
     Example:
         >>> hidden, weight = torch.randn(2, 128, 64), torch.randn(32000, 64)
@@ -47,6 +48,9 @@ def linear_logprob(
         >>> linear_logprob(hidden, weight, target).shape
         torch.Size([2, 128])
     """
+    require_tensors(hidden=hidden, weight=weight, target=target, **{} if bias is None else {"bias": bias})
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
     if bias is None:
         hidden, weight = autocast(hidden, weight)
     else:
@@ -62,6 +66,7 @@ def linear_logprob(
     elif backend == "triton" and hidden.dtype == torch.float64:
         raise TypeError("hidden: float64 is not supported by the triton backend; use_backend('reference') takes it")
     else:
+        refuse_tangents(hidden=hidden, weight=weight, **{} if bias is None else {"bias": bias})
         logp, _ = _forward(rows, weight, targets, bias, ignore_index, backend)
     return logp.reshape(target.shape)
 

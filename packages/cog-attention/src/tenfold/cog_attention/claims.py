@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tenfold.core.claims import Claim, Run, above, below, t_interval
 from tenfold.core.claims.figures import bars, gallery, lines, panels
@@ -26,7 +27,18 @@ def language_loss(run: Run) -> list[Claim]:
     """Cog against softmax over sizes and lengths of training, and against all-Cog and differential attention."""
     cells = CELLS[run.budget]
     run.plan(sum(len(a) * (len(RATES["language"]) + len(s) * len(run.seeds)) for s, a in cells.values()))
-    return [claim for size, (lengths, arms) in cells.items() for claim in _size_claims(run, size, lengths, arms)]
+    claims = [claim for size, (lengths, arms) in cells.items() for claim in _size_claims(run, size, lengths, arms)]
+    by_name = {claim.name: claim for claim in claims}
+    trend = []
+    for size, (lengths, _) in cells.items():
+        for steps in lengths:
+            claim = by_name[f"lm-{size}-{steps}"]
+            row = {"model": size, "updates": steps, "Cog minus softmax": str(claim.interval), "verdict": claim.verdict}
+            trend.append(row)
+    first = replace(
+        claims[0], table=trend, notes=f"{claims[0].notes} The table is the trend over all, in bits per byte."
+    )
+    return [first, *claims[1:]]
 
 
 def _size_claims(run: Run, size: str, lengths: Sequence[int], arms: Sequence[str]) -> list[Claim]:

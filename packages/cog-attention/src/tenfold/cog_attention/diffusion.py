@@ -76,6 +76,12 @@ class UViCModule(LightningModule):
         """The predicted noise at `time` in [0, 1]."""
         return self.model(images, 1000 * time, **condition)
 
+    def setup(self, stage: str) -> None:
+        """Refuse data with labels that the model has no embedding for."""
+        found = getattr(getattr(self.trainer, "datamodule", None), "classes", 0)
+        if 0 < self.hparams.classes < found:
+            raise ValueError(f"model.classes: {self.hparams.classes} are fewer than the data's {found}")
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Noise-prediction loss at one random time per image."""
         loss = self._loss(batch, *self._noise(batch["images"], torch.default_generator))

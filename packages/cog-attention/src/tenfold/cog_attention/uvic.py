@@ -91,7 +91,13 @@ class UViC(nn.Module):
                 condition = embed(value)
                 tokens.insert(0, condition[:, None] if condition.dim() == 2 else condition)
         tokens.insert(0, time_embedding(time, self.dim).to(x.dtype)[:, None])
-        x = torch.cat(tokens, dim=1) + self.position
+        x = torch.cat(tokens, dim=1)
+        if x.shape[1] != self.position.shape[1]:
+            raise ValueError(
+                f"images: {tuple(images.shape)} make {x.shape[1]} tokens, but the model has positions for "
+                f"{self.position.shape[1]}"
+            )
+        x = x + self.position
 
         skips = []
         for block in self.in_blocks:

@@ -16,4 +16,6 @@ def unknown(what: str, name: str, accepted: Iterable[str]) -> str:
     accepted = list(accepted)
     if near := get_close_matches(name, accepted, n=1):
         return f"unknown {what} {name!r}; did you mean {near[0]!r}?"
+    if len(accepted) > 20:
+        return f"unknown {what} {name!r}; nothing like it among the {len(accepted)} accepted (see --help)"
     return f"unknown {what} {name!r}; accepted: {', '.join(accepted) or 'none'}"

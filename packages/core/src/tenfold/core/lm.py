@@ -41,9 +41,13 @@ def llama_config(
             by default.
 
     Raises:
-        ValueError: heads that do not divide `dim`, or kv_heads that do not divide heads.
+        ValueError: a size below 1, heads that do not divide `dim`, or kv_heads that do not divide heads.
     """
     kv_heads = heads if kv_heads is None else kv_heads
+    sizes = {"vocab_size": vocab_size, "layers": layers, "dim": dim, "heads": heads, "kv_heads": kv_heads, "ffn": ffn}
+    for name, value in {**sizes, "max_length": max_length}.items():
+        if value < 1:
+            raise ValueError(f"{name}: must be at least 1, got {value}")
     if dim % heads:
         raise ValueError(f"heads: {heads} do not divide dim {dim}")
     if heads % kv_heads:
@@ -121,6 +125,15 @@ class CausalLM(LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
         super().__init__()
+        for name, value, low, high in (
+            ("lr", lr, 0, math.inf),
+            ("min_lr_ratio", min_lr_ratio, 0, 1),
+            ("warmup_steps", warmup_steps, 0, math.inf),
+            ("weight_decay", weight_decay, 0, math.inf),
+        ):
+            if not low <= value <= high:
+                accepted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+                raise ValueError(f"{name}: must be {accepted}, got {value}")
         self.save_hyperparameters()
         self.lm: PreTrainedModel | None = None
 
@@ -144,6 +157,14 @@ class CausalLM(LightningModule):
             "initializer_range": h.init_std,
         }
         return llama_config(**sizes | changes)
+
+    def setup(self, stage: str) -> None:
+        """Refuse data that the model has no token or no position for."""
+        data = getattr(self.trainer, "datamodule", None)
+        for name, offered, taken in (("vocab_size", "vocab_size", "vocab_size"), ("length", "length", "max_length")):
+            given, limit = getattr(data, offered, None), self.hparams[taken]
+            if given is not None and given > limit:
+                raise ValueError(f"data.{name}: {given} is more than the model's {taken}, {limit}")
 
     def configure_model(self) -> None:
         """Build the model, once; under Trainer, in the dtype and on the device that its strategy wants."""

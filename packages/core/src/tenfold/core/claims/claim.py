@@ -218,5 +218,6 @@ def format_number(x: float, spread: float) -> str:
     size = max(abs(x), spread)
     if spread <= 0 or size >= 1e7 or size < 1e-4:
         return f"{x:.4g}"
+    x += 0.0  # no -0
     decimals = max(0, 1 - math.floor(math.log10(spread / 2)))
     return f"{x:,.{decimals}f}" if decimals <= 8 else f"{x:.4g}"

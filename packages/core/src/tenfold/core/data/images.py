@@ -60,6 +60,11 @@ class FashionMNISTDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
 
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return len(CLASSES)
+
     def setup(self, stage: str | None = None) -> None:
         """Read the images: `train` and `val` are there afterwards."""
         images, labels = read_fashion_mnist()

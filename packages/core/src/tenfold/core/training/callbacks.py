@@ -88,16 +88,16 @@ class RandomState(Callback):
 class LastCheckpoint(Checkpoint):
     """Keeps `<folder>/last.ckpt` up to date, and saves it when a signal stops training.
 
-    It is written every few minutes, at the end, and on SIGTERM or SIGINT (Ctrl-C). A signal lets the batch
-    end, and the validation that may be due after it, in every process; then the checkpoint is written and
-    Lightning's `SIGTERMException` leaves `fit`, with `signal` set. A second Ctrl-C stops at once, without
-    saving.
+    It is written after each validation, every few minutes, at the end, and on SIGTERM or SIGINT (Ctrl-C). A
+    signal lets the batch end, and the validation that may be due after it, in every process; then the
+    checkpoint is written and Lightning's `SIGTERMException` leaves `fit`, with `signal` set. A second Ctrl-C
+    stops at once, without saving.
 
     A checkpoint is only ever written between two batches, where training can go on to the same bits.
 
     Args:
         folder: of `last.ckpt`.
-        minutes: between two savings.
+        minutes: between two savings, at most.
     """
 
     def __init__(self, folder: str | Path, *, minutes: float = 5.0) -> None:
@@ -133,7 +133,8 @@ class LastCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save or stop if it is time and this was a validation in the course of training."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._between_batches(trainer)
+            # A validation because training stops is not one to go on from: the batch before it was saved.
+            self._between_batches(trainer, validated=not trainer.should_stop)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless the last step's checkpoint is there."""
@@ -145,7 +146,7 @@ class LastCheckpoint(Checkpoint):
         if isinstance(exception, SIGTERMException) and self.signal is not None:
             self._save(trainer)
 
-    def _between_batches(self, trainer: Trainer) -> None:
+    def _between_batches(self, trainer: Trainer, validated: bool = False) -> None:
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return  # the gradients so far would be lost
         if _any_process(trainer, self.signal is not None):
@@ -154,7 +155,7 @@ class LastCheckpoint(Checkpoint):
             trainer._signal_connector.received_sigterm = True
         elif trainer.global_step == trainer.max_steps:
             self._save(trainer)  # here, since Lightning counts the epoch that `max_steps` breaks off as a whole one
-        elif _any_process(trainer, time.monotonic() - self._time > 60 * self.minutes):
+        elif validated or _any_process(trainer, time.monotonic() - self._time > 60 * self.minutes):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from ..errors import UserError
@@ -103,7 +104,7 @@ class _MethodCLI(LightningCLI):
         plugins = given.plugins or []
         ours: dict[str, Any] = {
             "plugins": [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()],
-            "default_root_dir": given.default_root_dir or str(self.options.folder),
+            "default_root_dir": str(self.options.folder),
             "logger": given.logger,
         }
         if not sys.stderr.isatty():
@@ -125,7 +126,7 @@ class _MethodCLI(LightningCLI):
     def fit(self) -> int:
         """Train, and say where the results are, or how to go on."""
         folder, again = self.options.folder, f"tenfold fit {self.method.name} --resume {self.options.folder}"
-        new = not folder.exists()
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
         if self.trainer.world_size > 1:
             os.environ["TENFOLD_RUN_FOLDER"] = str(folder)  # for the processes that Lightning starts
         try:
@@ -143,6 +144,9 @@ class _MethodCLI(LightningCLI):
         finally:
             if new and not self.last.began and self.trainer.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # another run has come into one
+                    for path in new[1:]:
+                        path.rmdir()
         values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         _say("  ".join([f"step {self.trainer.global_step}", *(f"{k} {v:.4g}" for k, v in values.items())]))
         return 0
@@ -150,6 +154,11 @@ class _MethodCLI(LightningCLI):
     def evaluate(self, verb: str) -> int:
         """Validate, test or predict with the checkpoint; predictions go to a file in the run's folder."""
         checkpoint = self.options.checkpoint
+        if checkpoint is None:
+            raise UserError(f"ckpt_path: {verb} needs a checkpoint; --ckpt_path last is the latest run's")
+        step = f"{'validation' if verb == 'validate' else verb}_step"
+        if not is_overridden(step, self.model):
+            raise UserError(f"{verb}: {type(self.model).__name__} has no {step}; it can be validated")
         with self._user_errors():
             results = getattr(self.trainer, verb)(
                 self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True
@@ -211,10 +220,17 @@ class _SaveConfig(SaveConfigCallback):
     """Keeps the whole config in the run's folder, for `--resume`."""
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        folder = next(c for c in trainer.callbacks if isinstance(c, LastCheckpoint)).path.parent.parent
+        folder = _last(trainer).path.parent.parent
         with write_whole(folder / "config.yaml") as temporary:
             self.parser.save(self.config, temporary, skip_none=False, overwrite=True, format="yaml")
-        _say(f"run folder: {folder}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Only now is it sure that there will be something in the folder."""
+        _say(f"run folder: {_last(trainer).path.parent.parent}")
+
+
+def _last(trainer: Trainer) -> LastCheckpoint:
+    return next(c for c in trainer.callbacks if isinstance(c, LastCheckpoint))
 
 
 def _constructor_options(cls: type) -> list[str]:

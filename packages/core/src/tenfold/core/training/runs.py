@@ -4,6 +4,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -38,19 +39,21 @@ class RunOptions:
         names, resume, checkpoint, rest = _split(arguments)
         if checkpoint == "last":
             resume, checkpoint = resume or "", None
+        files = [] if resume is not None else [_config(method, name) for name in names]
+        for file in files:
+            _check(file)
+        root = _root(files, rest) / method.name
         if resume is not None:
-            folder = _run_folder(method, resume, names)
+            folder = _run_folder(root, resume, names)
             files = [folder / "config.yaml"]
+            _check(files[0])
             path: Path | None = folder / "checkpoints" / "last.ckpt"
         else:
-            files = [_config(method, name) for name in names]
             path = Path(checkpoint) if checkpoint is not None else None
-            folder = _new_folder(method, files)
+            folder = _new_folder(root, files)
             run = path.parent.parent if path else None
             if verb != "fit" and run and (run / "config.yaml").exists():
                 folder, files = run, files or [run / "config.yaml"]
-        for file in files:
-            _check(file)
         given = [argument for file in files for argument in ("--config", str(file))]
         return cls(folder, path, [*given, *rest])
 
@@ -105,14 +108,26 @@ def _check(file: Path) -> None:
         raise UserError(f"config {file}: expected sections (trainer, model, data), got a {got}")
 
 
-def _run_folder(method: Method, resume: str, names: list[str]) -> Path:
+def _root(files: list[Path], rest: list[str]) -> Path:
+    """Where runs are kept: `trainer.default_root_dir` where it is given, else `runs`."""
+    root = None
+    for file in files:
+        trainer = yaml.safe_load(file.read_text(encoding="utf-8")).get("trainer")
+        root = (trainer.get("default_root_dir") if isinstance(trainer, dict) else None) or root
+    for argument, following in pairwise([*rest, ""]):
+        option, equals, value = argument.partition("=")
+        if option == "--trainer.default_root_dir":
+            root = value if equals else following
+    return Path(root) if root else _ROOT
+
+
+def _run_folder(base: Path, resume: str, names: list[str]) -> Path:
     """The run that `--resume` means: a folder, or the latest of the method, or of the config named."""
     if resume:
         folder = Path(resume)
         if not (folder / "checkpoints" / "last.ckpt").exists():
             raise UserError(f"resume: {resume} holds no run, there is no checkpoints/last.ckpt in it")
         return folder
-    base = _ROOT / method.name
     name = Path(names[-1]).stem if names else None
     found = [
         file
@@ -124,16 +139,16 @@ def _run_folder(method: Method, resume: str, names: list[str]) -> Path:
     return max(found, key=lambda file: file.stat().st_mtime).parent.parent
 
 
-def _new_folder(method: Method, files: list[Path]) -> Path:
-    """`runs/<method>/<config>`, with a number where that is taken, the same in every process of a run."""
+def _new_folder(base: Path, files: list[Path]) -> Path:
+    """`<base>/<config>`, with a number where that is taken, the same in every process of a run."""
     if folder := os.environ.get("TENFOLD_RUN_FOLDER"):  # set by the process that started this one
         return Path(folder)
     name = files[-1].stem if files else time.strftime("%Y-%m-%d-%H%M%S")
     job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
     if job and job != "none":  # processes started by others, which agree on this alone
-        return _ROOT / method.name / f"{name}-{job}"
-    folder, number = _ROOT / method.name / name, 1
+        return base / f"{name}-{job}"
+    folder, number = base / name, 1
     while folder.exists():
         number += 1
-        folder = _ROOT / method.name / f"{name}-{number}"
+        folder = base / f"{name}-{number}"
     return folder
