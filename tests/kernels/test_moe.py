@@ -300,7 +300,7 @@ def loss(x, logits, up, down, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2, "capacity": 20}], ids=str)
-def test_a_layer_compiles_whole_and_for_any_length(backend, options):
+def test_a_layer_compiles_whole_and_for_any_length(options):
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     for T in (30, 45):

@@ -1,8 +1,9 @@
 """Permutation and grouped products on the CPU: one product of a matrix library per group.
 
 Large float32 products go to oneDNN: torch's own are MKL's, which keeps to AVX2 on AMD processors and there
-takes twice as long where AVX-512 is to be had. oneDNN compiles a kernel for every shape that it meets, so the
-number of rows is rounded up to a multiple of `ROWS`. Half-precision products are computed in float32:
+takes twice as long where AVX-512 is to be had. oneDNN compiles a kernel for every shape that it meets, in about a
+millisecond, and keeps a thousand: so the number of rows is rounded up, to 8 numbers between a power of 2 and the
+next. Half-precision products are computed in float32:
 bfloat16 matrix products are far slower on most CPUs.
 """
 
@@ -15,7 +16,6 @@ from torch.nn import functional as F
 
 from .reference import require_bounds
 
-ROWS = 16
 LARGE = 1 << 18  # multiplications from which on oneDNN's constant cost per call does not count
 
 
@@ -99,7 +99,7 @@ def _multiply_rows(x: Tensor, weight: Tensor, out: Tensor, a: int, b: int) -> No
     if not _onednn(x, weight, b - a):
         _multiply(x[a:b], weight, out[a:b])
         return
-    rows = min(-(-(b - a) // ROWS) * ROWS, len(x))
+    rows = min(_rounded(b - a), len(x))
     first = min(a, len(x) - rows)  # the rows of a neighbour that come along are thrown away
     out[a:b] = _linear(_wide(x[first : first + rows]), _wide(weight).t())[a - first : b - first]
 
@@ -112,8 +112,13 @@ def _multiply_over_rows(x: Tensor, grad: Tensor, out: Tensor, a: int, b: int) ->
     if not _onednn(x, out, b - a):
         _multiply(x.t(), grad, out)
         return
-    filling = (0, 0, 0, -(b - a) % ROWS)
+    filling = (0, 0, 0, _rounded(b - a) - (b - a))
     out.copy_(_linear(F.pad(_wide(x), filling).t(), F.pad(_wide(grad), filling).t()))
+
+
+def _rounded(rows: int) -> int:
+    step = max(8, (1 << rows.bit_length()) // 16)
+    return -(-rows // step) * step
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
