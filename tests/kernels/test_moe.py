@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -321,6 +322,16 @@ def test_inductor_compiles_a_layer():
     torch.testing.assert_close(compiled(**tensors), loss(**tensors))
 
 
+def test_checkpointing_draws_the_same_again():
+    leaves = [t.requires_grad_() for t in layer_inputs().values()]
+    options = {"capacity": 5}
+    grads = []
+    for f in (loss, lambda *x, **o: torch.utils.checkpoint.checkpoint(loss, *x, use_reentrant=False, **o)):
+        torch.manual_seed(1)
+        grads.append(torch.autograd.grad(f(*leaves, **options), leaves))
+    assert all(a.equal(b) for a, b in zip(*grads, strict=True))
+
+
 def test_a_layer_never_holds_tokens_times_experts_times_places():
     def peak(T):
         inputs = layer_inputs(T, 32)
@@ -395,3 +406,9 @@ def test_errors_of_permutation_name_the_argument(x, error, message):
     y = torch.zeros(60, 4, device="meta") if x.device.type == "meta" else y
     with pytest.raises(error, match="y: " + message.replace("30,", "60,")):
         unpermute_tokens(y, ROUTINGS["two"])
+
+
+def test_weights_of_another_shape_are_refused():
+    routing = ROUTINGS["two"]
+    with pytest.raises(ValueError, match=r"routing: expected weight of shape \(30, 2\), got \(30, 1\)"):
+        unpermute_tokens(torch.zeros(60, 4), routing._replace(weight=routing.weight[:, :1]))

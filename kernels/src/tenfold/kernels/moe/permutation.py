@@ -57,6 +57,9 @@ def unpermute_tokens(y: Tensor, routing: Routing) -> Tensor:
         ValueError, TypeError: a wrong shape, dtype or device.
     """
     _check("y", y, routing, routing.row.numel())
+    if routing.weight.shape != routing.row.shape:
+        expected, got = tuple(routing.row.shape), tuple(routing.weight.shape)
+        raise ValueError(f"routing: expected weight of shape {expected}, got {got}")
     backend = choose_backend(y)
     if backend == "reference":
         return reference.unpermute(y, routing.weight, routing.row, routing.dropped)

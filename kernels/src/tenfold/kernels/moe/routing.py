@@ -66,9 +66,11 @@ def route_tokens(
         capacity: most tokens of an expert, at least 1; None for no limit.
         recycle: whether tokens beyond the capacity are moved, or dropped. It needs room for all:
             E · capacity ≥ T · top_k.
-        generator: of the draw; None for torch's default one of the CPU. One on the CPU is drawn from without
-            a wait for the device. Nothing is drawn when nothing can overflow: without a capacity, or without
-            recycling. Data-parallel processes should have generators of their own.
+        generator: of the draw; None for torch's default one of the CPU, and inside `torch.compile`, which takes
+            no generators. One on the CPU is drawn from without a wait for the device. Nothing is drawn when
+            nothing can overflow: without a capacity, or without recycling. Activation checkpointing restores
+            the default generator when it computes again, no other. Data-parallel processes should have
+            generators, or seeds, of their own.
 
     Returns:
         `Routing`. weight and balance_loss are float32; float64 for float64 logits.
