@@ -25,12 +25,21 @@ from packaging.requirements import Requirement
 USES = {
     "tenfold-kernels": """
 import torch
-from tenfold.kernels import cog_attention, linear_logprob
+from tenfold.kernels import (
+    cog_attention, fake_quantize, grouped_matmul, latent_attention, linear_logprob, pack_latents, permute_tokens,
+    route_tokens, unpermute_tokens,
+)
 query, key, value = torch.randn(3, 1, 2, 5, 8, requires_grad=True).unbind()
 cog_attention(query, key, value, causal=True).sum().backward()
 hidden, weight, target = torch.randn(6, 8), torch.randn(11, 8), torch.randint(11, (6,))
 expected = (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None])[:, 0]
 torch.testing.assert_close(linear_logprob(hidden, weight, target), expected)
+assert fake_quantize(torch.tensor([0.3, 2.5]), "e2m1").tolist() == [0.5, 2.0]
+codes = pack_latents(torch.randn(1, 9, 64))
+assert latent_attention(torch.randn(1, 2, 1, 64), None, codes, None, scale=0.1).shape == (1, 2, 1, 64)
+routing = route_tokens(torch.randn(32, 4), capacity=8)
+rows, offsets = permute_tokens(torch.randn(32, 6), routing)
+assert unpermute_tokens(grouped_matmul(rows, torch.randn(4, 6, 6), offsets), routing).shape == (32, 6)
 """,
     "tenfold-core": """
 import subprocess, sys
@@ -82,6 +91,7 @@ tenfold = Path(sys.executable).with_name("tenfold")
 plan = [tenfold, "fp-scaling", "plan", "--params", "7e9", "--tokens", "2e12", "--bits", "8"]
 assert "e4m3" in subprocess.check_output(plan, text=True)
 assert Path("plan.svg").stat().st_size > 1000
+""",
     "tenfold-clla": """
 import subprocess, sys
 from pathlib import Path

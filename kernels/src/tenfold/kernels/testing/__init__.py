@@ -2,9 +2,16 @@
 
 from .aot import Compiled, Launch, compile_ahead, compile_launch, recorded_launches, shared_limit
 from .budget import assert_same_bits, assert_within_budget, check_op
-from .inputs import bit_patterns, cog_inputs, lay_out, logprob_inputs, with_margin
-from .budget import assert_within_budget, check_op
-from .inputs import cog_inputs, latent_inputs, lay_out, logprob_inputs, with_margin
+from .inputs import (
+    bit_patterns,
+    cog_inputs,
+    grouped_inputs,
+    latent_inputs,
+    lay_out,
+    logprob_inputs,
+    routing_logits,
+    with_margin,
+)
 from .memory import peak_memory
 from .poison import poisoned_scratch
 
@@ -18,12 +25,14 @@ __all__ = [
     "cog_inputs",
     "compile_ahead",
     "compile_launch",
+    "grouped_inputs",
     "latent_inputs",
     "lay_out",
     "logprob_inputs",
     "peak_memory",
     "poisoned_scratch",
     "recorded_launches",
+    "routing_logits",
     "shared_limit",
     "with_margin",
 ]

@@ -95,6 +95,8 @@ def bit_patterns(dtype: torch.dtype, count: int | None = None, *, seed: int = 0)
     else:
         patterns = torch.randint(-(1 << 31), 1 << 31, (count,), generator=generator).to(torch.int32)
     return patterns.view(dtype)
+
+
 def latent_inputs(
     batch: int = 2,
     heads: int = 3,
@@ -128,6 +130,51 @@ def latent_inputs(
     if mask is not None:
         tensors["mask"] = (torch.rand(mask, generator=generator) < 0.7).to(device)
     return tensors
+
+
+def grouped_inputs(
+    sizes: Sequence[int] = (5, 0, 17, 1),
+    dim: int = 24,
+    out: int = 16,
+    *,
+    rest: int = 0,
+    linear: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    layout: Layout = "contiguous",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """`x`, `weight`, `offsets` for `grouped_matmul`, groups of the given sizes and `rest` rows after them.
+
+    `linear`: the weights lie in memory as `(E, out, dim)`, as those of `torch.nn.Linear`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(sizes) + rest, dim, generator=generator)
+    weight = torch.randn(len(sizes), dim, out, generator=generator) / dim**0.5
+    if linear:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    return {
+        "x": lay_out(x.to(device, dtype), layout),
+        "weight": weight.to(device, dtype) if linear else lay_out(weight.to(device, dtype), layout),
+        "offsets": offsets.to(device),
+    }
+
+
+def routing_logits(
+    tokens: int = 37,
+    experts: int = 8,
+    *,
+    skew: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    layout: Layout = "contiguous",
+    seed: int = 0,
+) -> Tensor:
+    """Logits for `route_tokens`, in which the first expert is ahead of the last by `skew` on average."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(tokens, experts, generator=generator) + skew * torch.linspace(1, 0, experts)
+    return lay_out(logits.to(device, dtype), layout)
 
 
 def lay_out(tensor: Tensor, layout: Layout) -> Tensor:

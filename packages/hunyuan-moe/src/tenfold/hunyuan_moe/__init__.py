@@ -1,0 +1,34 @@
+"""The Hunyuan-Large recipe (arXiv 2411.02265): recycle routing, shared keys and values, learning rates per expert."""
+
+from .budget import cache_bytes_per_token, count_parameters
+from .config import HunyuanLargeConfig
+from .experts import register_experts
+from .learning_rates import batch_at_ratio, expert_lr_ratio, expert_parameter_groups, optimal_lr, three_phase
+from .model import HunyuanLargeForCausalLM, HunyuanLargeModel, register
+from .moe import Experts, MoELayer, RecycleRouter, RoutingStatistics
+from .rope import extend_context, rope_base
+from .scaling import fit_isoflops, minimal_compute, training_flops
+
+__all__ = [
+    "Experts",
+    "HunyuanLargeConfig",
+    "HunyuanLargeForCausalLM",
+    "HunyuanLargeModel",
+    "MoELayer",
+    "RecycleRouter",
+    "RoutingStatistics",
+    "batch_at_ratio",
+    "cache_bytes_per_token",
+    "count_parameters",
+    "expert_lr_ratio",
+    "expert_parameter_groups",
+    "extend_context",
+    "fit_isoflops",
+    "minimal_compute",
+    "optimal_lr",
+    "register",
+    "register_experts",
+    "rope_base",
+    "three_phase",
+    "training_flops",
+]

@@ -1,0 +1,72 @@
+"""The grouped products in transformers' own MoE models: `register_experts()`, `experts_implementation="tenfold"`."""
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from tenfold.kernels import Routing, grouped_matmul, permute_tokens, unpermute_tokens
+
+
+def register_experts(name: str = "tenfold") -> None:
+    """Add the grouped products to transformers under `name`, for every model that takes `experts_implementation`.
+
+    The models' own routers go on choosing: nothing is recycled or dropped.
+
+    Example:
+        >>> register_experts()
+        >>> model = MixtralForCausalLM.from_pretrained(folder, experts_implementation="tenfold")
+    """
+    ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Transformers' experts function: tokens `(T, dim)`, their experts and weights `(T, k)`, to `(T, dim)`.
+
+    Experts from `num_experts` on are those of other processes (expert parallelism): they add nothing here.
+    """
+    routing = chosen_routing(top_k_index, top_k_weights, self.num_experts)
+    rows, offsets = permute_tokens(hidden_states, routing)
+    expert = None
+    if self.has_bias:
+        expert = rows.new_empty(len(rows), dtype=torch.int64)
+        expert[routing.row.flatten()] = top_k_index.flatten().clamp(max=self.num_experts - 1)
+
+    def multiply(x: Tensor, name: str) -> Tensor:
+        weight = getattr(self, name)
+        x = grouped_matmul(x.to(weight.dtype), weight if self.is_transposed else weight.transpose(1, 2), offsets)
+        return x if expert is None else x + getattr(self, f"{name}_bias")[expert]
+
+    if self.has_gate:
+        rows = self._apply_gate(multiply(rows, "gate_up_proj"))
+    else:
+        rows = self.act_fn(multiply(rows, "up_proj"))
+    rows = multiply(rows, "down_proj")
+    if self.has_post_expert_norm:
+        rows = self.post_expert_norm(rows)
+    return unpermute_tokens(rows, routing).to(hidden_states.dtype)
+
+
+def chosen_routing(expert: Tensor, weight: Tensor, experts: int) -> Routing:
+    """The `Routing` of a choice that somebody else made, for `permute_tokens` and `unpermute_tokens`.
+
+    Args:
+        expert: `(T, k)`; from `experts` on they count as dropped.
+        weight: `(T, k)`, as it shall be applied.
+        experts: how many there are.
+    """
+    places = torch.arange(expert.numel(), device=expert.device)
+    grouped, order = expert.flatten().sort(stable=True)
+    row = torch.empty_like(order).scatter_(0, order, places).view_as(expert)
+    offsets = torch.searchsorted(grouped, torch.arange(experts + 1, device=expert.device))
+    dropped = expert >= experts
+    return Routing(
+        expert=expert.masked_fill(dropped, -1),
+        weight=weight,
+        slot=(row - offsets[expert.clamp(max=experts)]).masked_fill(dropped, -1),
+        load=offsets.diff(),
+        recycled=torch.zeros_like(dropped),
+        dropped=dropped,
+        balance_loss=weight.new_zeros(()),
+        row=row,
+        offsets=offsets,
+    )

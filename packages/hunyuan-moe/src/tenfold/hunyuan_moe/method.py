@@ -1,0 +1,17 @@
+"""What the `tenfold` command knows of this package."""
+
+from lightning import LightningDataModule, LightningModule
+
+from tenfold.core.methods import Method
+
+from . import verbs
+
+METHOD = Method(
+    name="hunyuan-moe",
+    title="Hunyuan-Large: mixture of experts with recycle routing",
+    paper="Hunyuan-Large: An Open-Source MoE Model with 52 Billion Activated Parameters by Tencent, arXiv 2411.02265",
+    module=LightningModule,
+    datamodule=LightningDataModule,
+    package="tenfold.hunyuan_moe",
+    verbs={"scaling": verbs.scaling},
+)

@@ -1,0 +1,133 @@
+"""`tenfold hunyuan-moe scaling` on a terminal, with a figure."""
+
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from tenfold.core.claims.figures import SERIES, panels
+from tenfold.core.files import write_whole
+
+from .scaling import (
+    PAPERS_PARAMS,
+    PAPERS_TOKENS,
+    PER_PARAMETER,
+    PER_TOKEN,
+    IsoFlopFit,
+    fit_isoflops,
+    minimal_compute,
+    training_flops,
+)
+
+
+def scaling(
+    compute: float | None = None,
+    params: float | None = None,
+    tokens: float | None = None,
+    batch_ratio: float = 0.0,
+    runs: Path | None = None,
+    per_parameter: float = PER_PARAMETER,
+    per_token: float = PER_TOKEN,
+    plot: Path = Path("scaling.svg"),
+) -> None:
+    """How large a mixture of experts should be, and on how much data, by the paper's law or one fitted to your runs.
+
+    Args:
+        compute: C, the budget in operations; or give params and tokens, and it is computed from them.
+        params: N, activated parameters.
+        tokens: D.
+        batch_ratio: B/B_crit, the batch in units of the critical one; 0 for small batches.
+        runs: CSV with the columns params, tokens, loss and perhaps compute, several sizes at each of several budgets:
+            the law is fitted to them.
+        per_parameter: operations per activated parameter and token.
+        per_token: operations per token beside them.
+        plot: where the figure of the fit goes.
+    """
+    if (params is None) != (tokens is None) or (compute is not None and params is not None):
+        raise ValueError("scaling: give --compute, or --params and --tokens")
+    if compute is None and params is None and runs is None:
+        raise ValueError("scaling: give --compute, or --params and --tokens, or --runs")
+    console = Console(highlight=False)
+    fitted = None
+    if runs is not None:
+        if plot.suffix.lstrip(".") not in Figure().canvas.get_supported_filetypes():
+            raise ValueError(f"plot: {plot.suffix or plot} is not a kind of figure; .svg, .png and .pdf are")
+        fitted = fit_isoflops(runs, per_parameter=per_parameter, per_token=per_token)
+        _print_fit(console, fitted)
+        _save(_figure(fitted), plot)
+        console.print(f"Figure: {plot}\n", soft_wrap=True)
+    if params is not None:
+        compute = training_flops(params, tokens, per_parameter=per_parameter, per_token=per_token)
+    if compute is None:
+        return
+    if not 0 < compute < float("inf"):
+        raise ValueError(f"compute: must be positive, got {compute:g}")
+    least = minimal_compute(compute, batch_ratio)
+    if params is not None:
+        console.print(f"{short(params)} activated parameters on {short(tokens)} tokens: C = {compute:.4e}.")
+    console.print(f"C = {compute:.4e}, C_min = {least:.4e} operations.")
+    table = Table("law", "activated parameters", "tokens", "tokens per parameter")
+    laws = {"the paper's": (PAPERS_PARAMS, PAPERS_TOKENS)}
+    if fitted:
+        laws["fitted to your runs"] = (fitted.params, fitted.tokens)
+    for name, (n, d) in laws.items():
+        table.add_row(name, short(n(least)), short(d(least)), f"{d(least) / n(least):.0f}")
+    console.print(table)
+    console.print(
+        "The paper's law was fitted from 10M to 1B activated parameters and 5e18 to 9.5e19 operations; "
+        "near the optimum the loss is flat.",
+        soft_wrap=True,
+    )
+
+
+def short(x: float) -> str:
+    """`58.1B`, `5.64T`, `490K`."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if x >= size:
+            return f"{x / size:.3g}{unit}"
+    return f"{x:.3g}"
+
+
+def _print_fit(console: Console, fit: IsoFlopFit) -> None:
+    table = Table("compute", "best params", "best tokens", "loss", "minimum")
+    for n, d in zip(fit.curves, fit.token_curves, strict=True):
+        where = "measured" if n.inside and d.inside else "beyond the sizes measured"
+        table.add_row(f"{n.compute:.3g}", short(n.best), short(d.best), f"{n.least:.4f}", where)
+    console.print(table)
+    for name, law, exponent, papers in (
+        ("N_opt", fit.params, fit.params_exponent, PAPERS_PARAMS),
+        ("D_opt", fit.tokens, fit.tokens_exponent, PAPERS_TOKENS),
+    ):
+        console.print(f"{name} = {law.factor:.4g} * C^{exponent} (the paper's: {papers.factor} * C^{papers.exponent})")
+
+
+def _figure(fit: IsoFlopFit) -> Figure:
+    figure, (curves, laws) = panels("Loss at equal compute", "Minima")
+    for color, curve in zip(cycle(SERIES.values()), fit.curves, strict=False):
+        points = fit.runs[fit.runs[:, 0] == curve.compute]
+        x = np.geomspace(min(curve.low, curve.best), max(curve.high, curve.best), 50)
+        curves.plot(points[:, 1], points[:, 3], "o", color=color, ms=3)
+        curves.plot(x, curve(x), color=color, lw=1, label=f"{curve.compute:.2g}")
+        curves.plot(curve.best, curve.least, "x", color=color)
+    curves.set(xscale="log", xlabel="activated parameters", ylabel="loss")
+    curves.legend(title="operations", fontsize=6, title_fontsize=6)
+    compute = np.array([c.compute for c in fit.curves])
+    line = np.geomspace(compute.min(), compute.max(), 2)
+    for color, name, points, law, papers in (
+        (SERIES["blue"], "parameters", fit.curves, fit.params, PAPERS_PARAMS),
+        (SERIES["orange"], "tokens", fit.token_curves, fit.tokens, PAPERS_TOKENS),
+    ):
+        laws.plot(compute, [p.best for p in points], "o", color=color, ms=3, label=name)
+        laws.plot(line, law(line), color=color, lw=1)
+        laws.plot(line, papers(line), color=color, lw=1, ls=":")
+    laws.set(xscale="log", yscale="log", xlabel="operations", ylabel="optimum (dotted: the paper's)")
+    laws.legend(fontsize=6)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with write_whole(path) as file:
+        figure.savefig(file, format=path.suffix.lstrip("."), facecolor="white", dpi=160)
