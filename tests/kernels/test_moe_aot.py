@@ -1,7 +1,6 @@
 """The mixture-of-experts kernels at the tile sizes they ship, compiled for chips that are not here."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -73,22 +72,11 @@ OTHERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def compiling():
-    """All that is to be compiled, on its way: the compilers let go of the GIL, so threads use every core."""
-    launches = {case: product_launches(*case) for case in PRODUCTS} | {case: make() for case, make in OTHERS.items()}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {
-            case: [pool.submit(compile_launch, launch, target=case[0]) for launch in recorded]
-            for case, recorded in launches.items()
-        }
-
-
 @pytest.mark.parametrize("case", PRODUCTS, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
-def test_grouped_products(compiling, case):
+def test_grouped_products(case):
     chip, dtype, precision, _ = case
-    for future in compiling[case]:
-        compiled = future.result()
+    for launch in product_launches(*case):
+        compiled = compile_launch(launch, target=chip)
         assert compiled.spilled == 0, compiled
         assert compiled.shared <= shared_limit(chip), compiled
         assert (compiled.tensor_core > 0) == (dtype == HALF or precision != "highest" or chip == "gfx942"), compiled
@@ -97,9 +85,9 @@ def test_grouped_products(compiling, case):
 
 
 @pytest.mark.parametrize("case", OTHERS, ids="-".join)
-def test_routing_and_permutation(compiling, case):
-    for future in compiling[case]:
-        compiled = future.result()
+def test_routing_and_permutation(case):
+    for launch in OTHERS[case]():
+        compiled = compile_launch(launch, target=case[0])
         assert compiled.spilled == 0, compiled
         assert compiled.shared <= shared_limit(case[0]), compiled
         if "gfx" not in case[0]:

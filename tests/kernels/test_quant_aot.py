@@ -53,7 +53,7 @@ def product(monkeypatch, chip, dtype, rows, a_format, b_format, **options):
     """The launch that multiplies."""
     from tenfold.kernels.quant import triton_matmul as kernels
 
-    monkeypatch.setattr(kernels, "_architecture", lambda x: chip)
+    monkeypatch.setattr(kernels, "architecture", lambda x: chip)
     a, b = torch.zeros(rows, 1024, dtype=dtype), torch.zeros(2048, 1024, dtype=dtype)
     full = {"a_scale": "block", "b_scale": "block", "block_size": 128, "rounding": "even", "scale_rounding": "exact"}
     formats = [f and FloatFormat.parse(f) for f in (a_format, b_format)]

@@ -58,7 +58,9 @@ def cog_attention(
         torch.Size([1, 8, 128, 64])
 
     """
-    require_tensors(query=query, key=key, value=value, **{} if mask is None else {"mask": mask})
+    require_tensors(query=query, key=key, value=value)
+    if mask is not None:
+        require_tensors(mask=mask)
     query, key, value = autocast(query, key, value)
     _check(query, key, value, mask)
     if not isinstance(causal, bool):

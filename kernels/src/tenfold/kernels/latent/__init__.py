@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..backend import autocast, choose_backend
+from ..backend import autocast, choose_backend, require_tensors
 from . import cpu, reference
 from .packing import PackedLatents, check_packed, fake_pack_latents, pack_latents, unpack_latents
 
@@ -66,9 +66,13 @@ def latent_attention(
         torch.Size([1, 16, 1, 512])
 
     """
+    require_tensors(query_latent=query_latent)
+    if mask is not None:
+        require_tensors(mask=mask)
     if query_rope is None:
         (query_latent,) = autocast(query_latent)
     else:
+        require_tensors(query_rope=query_rope)
         query_latent, query_rope = autocast(query_latent, query_rope)
     _check(query_latent, query_rope, latent, rope, mask)
     scale = float(scale)

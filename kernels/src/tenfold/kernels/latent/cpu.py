@@ -19,6 +19,7 @@ by arithmetic, the second by memory.
 import torch
 from torch import Tensor
 
+from .. import onednn
 from .packing import PackedLatents
 
 KEYS = 1024  # of a block: 2.3 MB of float32 at Dc + Dr = 576
@@ -153,7 +154,7 @@ def _quarantine(block: Tensor) -> Tensor | None:
 
 
 def _scores(q: Tensor, block: Tensor) -> Tensor:
-    return _onednn(q, block) if _suits_onednn(block) else torch.mm(q, block.t())
+    return onednn.linear(q, block) if _suits_onednn(block) else torch.mm(q, block.t())
 
 
 def _sums(weights: Tensor, block: Tensor) -> Tensor:
@@ -161,18 +162,9 @@ def _sums(weights: Tensor, block: Tensor) -> Tensor:
         return torch.mm(weights, block)
     # In one piece, the rounding error of a long sum was twice that of torch.mm. Strided pieces are very slow.
     pieces = zip(weights.split(TERMS, 1), block.split(TERMS), strict=True)
-    return sum(_onednn(part.contiguous(), keys.t()) for part, keys in pieces)
+    return sum(onednn.linear(part.contiguous(), keys.t()) for part, keys in pieces)
 
 
 def _suits_onednn(block: Tensor) -> bool:
-    """Whether to take oneDNN's product in place of `torch.mm`, which is MKL's.
-
-    On AMD processors MKL leaves half of each AVX-512 register idle. But oneDNN compiles a program for every new
-    shape, about 1 ms, so only for whole blocks, whose number of keys does not change from step to step.
-    """
-    return len(block) == KEYS and block.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-
-
-def _onednn(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ bᵀ`. The op is the one that torch.compile puts in place of linear layers."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    """Only whole blocks, whose number of keys does not change from step to step."""
+    return len(block) == KEYS and onednn.available(block.dtype)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _interpreting
+from ..backend import architecture, interpreting
 from .packing import PackedLatents
 
 LOG2E = 1.4426950408889634
@@ -63,7 +63,7 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     r = None if query_rope is None else _readable(query_rope)
     M = H * Tq
-    rows, keys, warps, stages = tiles(q.dtype, M, _architecture(q))
+    rows, keys, warps, stages = tiles(q.dtype, M, architecture(q))
     blocks = B * triton.cdiv(M, rows)
     share = triton.cdiv(triton.cdiv(Tk, keys), triton.cdiv(PROGRAMS, blocks)) * keys  # keys of a split
     splits = triton.cdiv(Tk, share)
@@ -110,16 +110,6 @@ def tiles(dtype: torch.dtype, rows: int, architecture: str) -> tuple[int, int, i
     return (32, 32, warps, 2)
 
 
-def _architecture(x: Tensor) -> str:
-    """`sm_90`, `gfx942`, …: the name by which compilers call the chip that holds `x`."""
-    if x.device.type != "cuda":
-        return "interpreter"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(x.device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return f"sm_{major}{minor}"
-
-
 def _precision() -> str:
     """How float32 is multiplied: torch's own switch. AMD's matrix units take float32 as it is.
 
@@ -132,7 +122,7 @@ def _precision() -> str:
 
 def _readable(x: Tensor) -> Tensor:
     """`x` with a vector's elements side by side, which wide loads need; copied only where they are not."""
-    if x.dtype == torch.bfloat16 and _interpreting():
+    if x.dtype == torch.bfloat16 and interpreting():
         x = x.float()  # the interpreter multiplies bfloat16's bits as integers, without a word
     return x if x.stride(-1) == 1 and x.stride(-2) <= MAX_STRIDE else x.contiguous()
 

@@ -48,12 +48,13 @@ def linear_logprob(
         >>> linear_logprob(hidden, weight, target).shape
         torch.Size([2, 128])
     """
-    require_tensors(hidden=hidden, weight=weight, target=target, **{} if bias is None else {"bias": bias})
+    require_tensors(hidden=hidden, weight=weight, target=target)
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
     if bias is None:
         hidden, weight = autocast(hidden, weight)
     else:
+        require_tensors(bias=bias)
         hidden, weight, bias = autocast(hidden, weight, bias)
     _check(hidden, weight, target, bias)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
@@ -66,7 +67,7 @@ def linear_logprob(
     elif backend == "triton" and hidden.dtype == torch.float64:
         raise TypeError("hidden: float64 is not supported by the triton backend; use_backend('reference') takes it")
     else:
-        refuse_tangents(hidden=hidden, weight=weight, **{} if bias is None else {"bias": bias})
+        refuse_tangents(hidden=hidden, weight=weight)
         logp, _ = _forward(rows, weight, targets, bias, ignore_index, backend)
     return logp.reshape(target.shape)
 

@@ -1,10 +1,8 @@
 """Permutation and grouped products on the CPU: one product of a matrix library per group.
 
-Large float32 products go to oneDNN: torch's own are MKL's, which keeps to AVX2 on AMD processors and there
-takes twice as long where AVX-512 is to be had. oneDNN compiles a kernel for every shape that it meets, in about a
-millisecond, and keeps a thousand: so the number of rows is rounded up, to 8 numbers between a power of 2 and the
-next. Half-precision products are computed in float32:
-bfloat16 matrix products are far slower on most CPUs.
+Large float32 products go to oneDNN, which compiles a kernel for every shape that it meets and keeps a thousand: so
+the number of rows is rounded up, to 8 numbers between a power of 2 and the next. Half-precision products are
+computed in float32: bfloat16 matrix products are far slower on most CPUs.
 """
 
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import onednn
 from .reference import require_bounds
 
 LARGE = 1 << 18  # multiplications from which on oneDNN's constant cost per call does not count
@@ -96,12 +95,12 @@ def _groups(offsets: Tensor, rows: Tensor | None, weights: Tensor | None = None)
 
 def _multiply_rows(x: Tensor, weight: Tensor, out: Tensor, a: int, b: int) -> None:
     """`out[a:b] = x[a:b] @ weight`."""
-    if not _onednn(x, weight, b - a):
+    if not _suits_onednn(x, weight, b - a):
         _multiply(x[a:b], weight, out[a:b])
         return
     rows = min(_rounded(b - a), len(x))
     first = min(a, len(x) - rows)  # the rows of a neighbour that come along are thrown away
-    out[a:b] = _linear(_wide(x[first : first + rows]), _wide(weight).t())[a - first : b - first]
+    out[a:b] = onednn.linear(_wide(x[first : first + rows]), _wide(weight).t())[a - first : b - first]
 
 
 def _multiply_over_rows(x: Tensor, grad: Tensor, out: Tensor, a: int, b: int) -> None:
@@ -109,11 +108,11 @@ def _multiply_over_rows(x: Tensor, grad: Tensor, out: Tensor, a: int, b: int) ->
     if out.stride(0) == 1 and out.stride(1) != 1:  # by columns: the transposed product, by rows
         x, grad, out = grad, x, out.t()
     x, grad = x[a:b], grad[a:b]
-    if not _onednn(x, out, b - a):
+    if not _suits_onednn(x, out, b - a):
         _multiply(x.t(), grad, out)
         return
     filling = (0, 0, 0, _rounded(b - a) - (b - a))
-    out.copy_(_linear(F.pad(_wide(x), filling).t(), F.pad(_wide(grad), filling).t()))
+    out.copy_(onednn.linear(F.pad(_wide(x), filling).t(), F.pad(_wide(grad), filling).t()))
 
 
 def _rounded(rows: int) -> int:
@@ -128,16 +127,9 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a.float() @ b.float())
 
 
-def _onednn(x: Tensor, weight: Tensor, rows: int) -> bool:
-    """Whether to multiply by oneDNN: `torch.backends.mkldnn` is the switch."""
-    if x.dtype == torch.float64 or rows * weight.numel() < LARGE or not torch.backends.mkldnn.is_available():
-        return False
-    return torch._C._get_mkldnn_enabled() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weightᵀ` by oneDNN, as torch's own compiler calls it."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def _suits_onednn(x: Tensor, weight: Tensor, rows: int) -> bool:
+    """Half-precision products are computed in float32."""
+    return rows * weight.numel() >= LARGE and onednn.available(torch.promote_types(x.dtype, torch.float32))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import autocast, choose_backend
+from ..backend import autocast, choose_backend, refuse_tangents, require_tensors
 from . import cpu, reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,6 +37,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         >>> torch.allclose(out[6:], x[6:] @ weight[2])
         True
     """
+    require_tensors(x=x, weight=weight, offsets=offsets)
     x, weight = autocast(x, weight)
     _check(x, weight, offsets)
     backend = choose_backend(x)
@@ -44,6 +45,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return reference.grouped_matmul(x, weight, offsets)
     if backend == "triton" and x.dtype == torch.float64:
         raise TypeError("x: float64 is not supported by the triton backend; use_backend('reference') takes it")
+    refuse_tangents(x=x, weight=weight)
     return _forward(x, weight, offsets, backend)
 
 

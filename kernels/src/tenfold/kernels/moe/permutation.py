@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import choose_backend
+from ..backend import choose_backend, refuse_tangents, require_tensors
 from . import cpu, reference
 from .routing import Routing
 
@@ -33,10 +33,12 @@ def permute_tokens(x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         >>> rows[offsets[1] : offsets[2]].equal(x[routing.expert[:, 0] == 1])
         True
     """
+    require_tensors(x=x)
     _check("x", x, routing, len(routing.row))
     backend = choose_backend(x)
     if backend == "reference":
         return reference.permute(x, routing.row), routing.offsets
+    refuse_tangents(x=x)
     return _permute(x, routing.row, backend), routing.offsets
 
 
@@ -56,6 +58,7 @@ def unpermute_tokens(y: Tensor, routing: Routing) -> Tensor:
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device.
     """
+    require_tensors(y=y)
     _check("y", y, routing, routing.row.numel())
     if routing.weight.shape != routing.row.shape:
         expected, got = tuple(routing.row.shape), tuple(routing.weight.shape)
@@ -63,6 +66,7 @@ def unpermute_tokens(y: Tensor, routing: Routing) -> Tensor:
     backend = choose_backend(y)
     if backend == "reference":
         return reference.unpermute(y, routing.weight, routing.row, routing.dropped)
+    refuse_tangents(y=y, weight=routing.weight)
     return _unpermute(y, routing.weight, routing.row, routing.dropped, backend)
 
 

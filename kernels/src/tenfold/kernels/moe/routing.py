@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import choose_backend
+from ..backend import choose_backend, refuse_tangents, require_tensors
 from . import reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -86,6 +86,7 @@ def route_tokens(
         >>> int(routing.load.sum()), int(routing.load.max()) <= 10, bool(routing.dropped.any())
         (128, True, False)
     """
+    require_tensors(logits=logits)
     _check(logits, top_k, capacity, recycle)
     backend = choose_backend(logits)
     if backend == "triton" and logits.dtype == torch.float64:
@@ -99,6 +100,7 @@ def route_tokens(
     if backend == "reference":  # plain torch, with torch's own autograd
         outputs = reference.route_tokens(logits, top_k, limit, recycle, seed)
     else:
+        refuse_tangents(logits=logits)
         outputs = _forward(logits, seed, top_k, limit, recycle, backend)
     weight, balance_loss, expert, slot, load, recycled, dropped, row, offsets, _ = outputs
     return Routing(expert, weight, slot, load, recycled, dropped, balance_loss, row, offsets)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..backend import choose_backend
+from ..backend import choose_backend, refuse_tangents
 from . import codes as coding
 from . import cpu, reference
 from .formats import FloatFormat, Format
@@ -97,6 +97,7 @@ def fake_quantize(
         tensor([ 0.5000,  1.0000,  2.0000, -6.0000])
     """
     arguments = _checked(x, format, scale, block_size, axis, rounding, scale_rounding, generator)
+    refuse_tangents(x=x)
     return _fake_quantize(x, *arguments, _backend(x))
 
 

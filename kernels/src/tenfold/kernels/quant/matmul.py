@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..backend import autocast, choose_backend
+from ..backend import autocast, choose_backend, refuse_tangents, require_tensors
 from .formats import FloatFormat, Format
 
 Scale = Literal["tensor", "axis", "block"]
@@ -68,6 +68,7 @@ def quant_matmul(
         >>> quant_matmul(x, weight, b_format="e2m1", scale="block", block_size=128).shape
         torch.Size([2, 16, 512])
     """
+    require_tensors(a=a, b=b)
     a, b = autocast(a, b)
     formats = [None if f is None else FloatFormat.parse(f).name for f in (a_format, b_format)]
     scales = [scale if s == "same" else s for s in (a_scale, b_scale)]
@@ -78,6 +79,7 @@ def quant_matmul(
     backend = choose_backend(a)
     if backend == "triton" and a.dtype == torch.float64:
         raise TypeError("a: float64 is not supported by the triton backend; use_backend('reference') takes it")
+    refuse_tangents(a=a, b=b)
     out = _matmul(a.reshape(-1, a.shape[-1]), b, *formats, *scales, block_size, rounding, scale_rounding, backend)
     return out.view(*a.shape[:-1], len(b))
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _interpreting
+from ..backend import interpreting
 from .codes import nan_code
 from .formats import FloatFormat
 from .scales import scale_bounds, scaled_limit, scales_of
@@ -84,7 +84,7 @@ def quantize(
 
 def _readable(x: Tensor) -> Tensor:
     """`x`, or its bits in the interpreter, which converts bfloat16 wrongly in both directions."""
-    return x.view(torch.int16) if x.dtype == torch.bfloat16 and _interpreting() else x
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 and interpreting() else x
 
 
 def rounding_options(format: FloatFormat, limit: float, rounding: str, prefix: str = "") -> dict[str, object]:

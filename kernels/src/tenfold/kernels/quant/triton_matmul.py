@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _interpreting
+from ..backend import architecture, interpreting
 from .formats import FloatFormat
 from .scales import scaled_limit, scales_of, split
 from .triton import _absmax, _narrowed, _readable, _round, _scale, _widened, quantize, rounding_options, scale_options
@@ -49,10 +49,10 @@ def matmul(
     out = torch.empty(M, N, dtype=a.dtype, device=a.device)
     if out.numel() == 0:
         return out
-    architecture = _architecture(a)
+    chip = architecture(a)
     formats, scales, operands = [a_format, b_format], [a_scale, b_scale], [a, b]
     depth = block_size & -block_size if "block" in [s for s, f in zip(scales, formats, strict=True) if f] else 0
-    kinds = dot_dtypes(a.dtype, a_format, b_format, architecture)
+    kinds = dot_dtypes(a.dtype, a_format, b_format, chip)
     if kinds is None or 0 < depth < 16:  # their own numbers are multiplied, in their own dtype
         for i, x in enumerate(operands):
             if formats[i] is not None:
@@ -61,11 +61,11 @@ def matmul(
                 options = {"scale_rounding": scaling, "output": "number", "dtype": x.dtype}
                 operands[i] = quantize(groups, None, None, formats[i], limit, rounding, **options)[0].view(x.shape)
         formats, depth, kinds = [None, None], 0, (_own(a.dtype), _own(a.dtype))
-    rows, columns, tile_k, warps, stages = tiles(M, kinds[0], depth, architecture)
+    rows, columns, tile_k, warps, stages = tiles(M, kinds[0], depth, chip)
     repeats = [triton.cdiv(N, columns), triton.cdiv(M, rows)]
     # A tile as deep as a block can compute its scale. With no block to scale on load, the product chooses the depth.
     if all(n > REPEATS or f is None or s != "block" for n, f, s in zip(repeats, formats, scales, strict=True)):
-        rows, columns, tile_k, warps, stages = tiles(M, kinds[0], 0, architecture)
+        rows, columns, tile_k, warps, stages = tiles(M, kinds[0], 0, chip)
         tile_k = min(tile_k, depth or tile_k)
     options: dict[str, object] = {}
     pointers = []
@@ -82,7 +82,7 @@ def matmul(
             _readable(out),
             *(M, N, K, block_size),
             **options,
-            PRECISION="ieee" if architecture == "interpreter" or architecture.startswith("gfx") else precision,
+            PRECISION="ieee" if chip == "interpreter" or chip.startswith("gfx") else precision,
             BLOCK_M=rows,
             BLOCK_N=columns,
             BLOCK_K=tile_k,
@@ -169,7 +169,7 @@ def _limit(format: FloatFormat, dtype: torch.dtype, scale: str | None) -> float:
 
 def _own(dtype: torch.dtype) -> torch.dtype:
     """What numbers of that dtype are multiplied in: the interpreter would multiply bfloat16's bits as integers."""
-    return torch.float32 if _interpreting() else dtype
+    return torch.float32 if interpreting() else dtype
 
 
 def _contains(format: FloatFormat, other: FloatFormat) -> bool:
@@ -177,16 +177,6 @@ def _contains(format: FloatFormat, other: FloatFormat) -> bool:
     digits, others_digits = (f.mantissa_bits + (f.exponent_bits > 0) for f in (format, other))
     step, others_step = (f.min_exponent - f.mantissa_bits for f in (format, other))
     return others_digits <= digits and other.max <= format.max and others_step >= step
-
-
-def _architecture(x: Tensor) -> str:
-    """`sm_90`, `gfx942`, …: the name by which compilers call the chip that holds `x`."""
-    if x.device.type != "cuda":
-        return "interpreter"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(x.device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return f"sm_{major}{minor}"
 
 
 def _precision() -> str:

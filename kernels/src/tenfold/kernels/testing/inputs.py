@@ -1,5 +1,6 @@
 """Inputs that find bugs: seeded, in every memory layout, with numbers on which all dtypes agree."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
