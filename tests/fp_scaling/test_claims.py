@@ -93,7 +93,7 @@ def test_a_training():
     assert plain == train(model="1x32", **SMALL)
     quantized = train(model="1x32", **SMALL, fmt="e1m1")
     assert plain["params"] == quantized["params"] == 4 * 32**2 + 3 * 32 * 96
-    assert plain["tokens"] == 2048
+    assert plain["tokens"] == 2 * TOKENS_PER_STEP
     assert 0 < abs(plain["loss"] - quantized["loss"]) < 0.1
     assert train(model="1x32", steps=3, lr=1e30, seed=0)["loss"] is None
 
