@@ -23,7 +23,7 @@ class Trainings:
             raise KeyboardInterrupt
         self.calls.append(settings)
         loss = None if settings.get("fmt") == self.diverges else 3.0 + 0.01 * len(self.calls)
-        return {"loss": loss, "params": 1000, "tokens": settings["steps"] * 1024}
+        return {"loss": loss, "params": 1000, "tokens": settings["steps"] * 512}
 
 
 def rows(path):
@@ -72,22 +72,18 @@ def test_the_table_is_one_for_fit_law(tmp_path, monkeypatch):
 
 
 def test_real_trainings(tmp_path, monkeypatch, capsys):
-    arguments = [
-        "--models",
-        "['1x32']",
-        "--tokens",
-        "[2e3]",
-        "--formats",
-        "['float32', 'e1m1']",
-        "--block_sizes",
-        "['8']",
-    ]
+    grid = {"models": "[1x32]", "tokens": "[2e3]", "formats": "[float32, e1m1]", "block_sizes": "[8, channel]"}
+    arguments = [word for name, values in grid.items() for word in (f"--{name}", values)]
     assert main(["fp-scaling", "sweep", *arguments, "--output", str(tmp_path / "sweep.csv")]) == 0
     table = rows(tmp_path / "sweep.csv")
-    assert [row["format"] for row in table] == ["float32", "e1m1"]
+    assert [(row["format"], row["block_size"]) for row in table] == [
+        ("float32", "1"),
+        ("e1m1", "8"),
+        ("e1m1", "channel"),
+    ]
     assert {row["tokens"] for row in table} == {"2048"}
     assert {row["params"] for row in table} == {str(4 * 32**2 + 3 * 32 * 96)}
-    assert "2 runs in" in capsys.readouterr().out
+    assert "3 runs in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -96,7 +92,7 @@ def test_real_trainings(tmp_path, monkeypatch, capsys):
         ({"models": ["big"]}, "models: expected LAYERSxWIDTH such as 4x64"),
         ({"models": ["2x40"]}, "the width a multiple of 32, got '2x40'"),
         ({"models": []}, "models: give at least one"),
-        ({"tokens": [100]}, "tokens: must be at least 1024, one batch, got 100"),
+        ({"tokens": [100]}, "tokens: must be at least 512, one batch, got 100"),
         ({"formats": ["e9m9"]}, "e9m9"),
         ({"block_sizes": ["5"]}, "block_size: 5 does not divide the 32 features of model 1x32"),
         ({"block_sizes": ["row"]}, "block_sizes: expected whole numbers or 'channel', got 'row'"),

@@ -24,7 +24,7 @@ def sweep(
     models: list[str] = ["1x32", "2x32", "2x64"],  # noqa: B006 (only read)
     tokens: list[float] = [1e5, 2e5, 4e5],  # noqa: B006
     formats: list[str] = [FLOAT32, "e1m1", "e1m2", "e2m1"],  # noqa: B006
-    block_sizes: list[str] = ["8", "32", CHANNEL],  # noqa: B006
+    block_sizes: list[int | str] = [8, 32, CHANNEL],  # noqa: B006
     seeds: int = 1,
     lr: float = 8e-3,
     path: str | None = None,
@@ -84,7 +84,7 @@ def _grid(models, tokens, formats, block_sizes, seeds, lr, path) -> list[dict[st
         if not TOKENS_PER_STEP <= count < float("inf"):
             raise ValueError(f"tokens: must be at least {TOKENS_PER_STEP}, one batch, got {count:g}")
     arms = []
-    for fmt, block in product(dict.fromkeys(formats), dict.fromkeys(block_sizes)):
+    for fmt, block in product(dict.fromkeys(formats), dict.fromkeys(map(str, block_sizes))):
         arm = {"format": fmt, "block_size": block, "exponent_bits": 8, "mantissa_bits": 23}
         if fmt == FLOAT32:
             arm["block_size"] = "1"
