@@ -68,8 +68,8 @@ def ladder_loss(run: Run) -> list[Claim]:
             unit="% of MHA's bits per byte",
             baseline=f"MHA with rotary embeddings, cache in 16 bits; {EQUAL}",
             notes=f"{notes}\n\nLossless is said of quality; the compression itself loses information. Few updates "
-            "flatter the latent arms, MLA as well: they are ahead early and MHA catches up. Compare budgets before making "
-            "anything of a lead.",
+            "flatter the latent arms, MLA as well: they are ahead early and MHA catches up. Compare budgets before "
+            "making anything of a lead.",
             table=table,
             figure=_quality_against_bytes(models, loss, rounded),
             caption="Validation loss against the bytes of cache per token, measured from storage; mean and 95 % "
