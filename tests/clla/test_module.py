@@ -61,8 +61,8 @@ def test_a_training_sees_the_bits_from_the_update_it_is_told():
             seen.append((self.lm.config.cache_bits, self.lm.config.rope_bits))
             return super().training_step(batch, index)
 
-    data = TextDataModule(length=16, batch_size=2, vocab_size=300)
-    module = Watching(vocab_size=300, max_length=16, **TOY, quantize_from=2, warmup_steps=1)
+    data = TextDataModule(length=128, batch_size=64, vocab_size=1024)
+    module = Watching(vocab_size=1024, max_length=128, **TOY, quantize_from=2, warmup_steps=1)
     metrics = fit(module, data, steps=4, seed=0)
     assert seen == [(16, 16), (16, 16), (4, None), (4, None)]
     assert 2 < metrics["val/bits_per_byte"] < 8
