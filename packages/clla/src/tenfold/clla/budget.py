@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tenfold.core.errors import UserError, unknown
+from tenfold.core.files import write_whole
 from tenfold.core.methods import configs
 
 from .config import CLLAConfig
@@ -94,9 +95,9 @@ def budget(config: str = "paper", memory: float = 80.0, kv_heads: int | None = N
     Console().print(table)
     if plot is not None:
         from tenfold.core.claims.figures import svg
-        from tenfold.core.claims.files import write_atomically
 
-        write_atomically(plot, svg(cost_figure(costs), prefix="budget"))
+        with write_whole(plot) as file:
+            file.write_text(svg(cost_figure(costs), prefix="budget"), encoding="utf-8")
 
 
 def cost_figure(costs: list[Cost]) -> "Figure":

@@ -11,7 +11,7 @@ from .decoding import CONTENDERS, slope
 from .experiments import cache_storage, decoding, language_model, normal_snr
 from .formats import Format
 
-TUNING_SEED = 1000  # learning rates are chosen on a seed that no claim uses
+FIRST_SEED = 10  # the plan below was changed after looks at seeds 0 to 2
 MAIN = ("MHA", "CLLA", "CLLA-quant", "CLLA of three layers")
 LADDER = ("MHA", "GQA", "CLA", "MLA", *MAIN[1:], "MHA-quant")
 PLAN = {  # size, updates, learning rates tried, arms
@@ -28,7 +28,7 @@ ROUNDING_MARGIN = 0.5  # % of CLLA's loss within which CLLA-quant must stay
 SOURCE = "known second-hand, the full text was not available"
 EQUAL = (
     "same data and order and updates, parameters equal within 0.2 % (what attention saves goes to the feed-forward); "
-    "each arm's learning rate tuned on the same grid"
+    "each arm's learning rate tuned in the same way"
 )
 
 
@@ -272,21 +272,9 @@ def _quality_against_bytes(models: dict, loss: dict, rounded: dict):
 
 
 def _rate(run: Run, arm: str) -> float:
-    """The learning rate with the lowest loss on the tuning seed; one that diverged (None) is out."""
     size, steps, rates, _ = PLAN[run.budget]
-    results = {
-        lr: run.measure(
-            f"lm/{size}/{_slug(arm)}/{steps}/lr{lr:g}",
-            language_model,
-            size=size,
-            arm=arm,
-            steps=steps,
-            lr=lr,
-            seed=TUNING_SEED,
-        )["bits_per_byte"]
-        for lr in rates
-    }
-    return min((lr for lr in rates if results[lr] is not None), key=results.__getitem__)
+    key = f"lm/{size}/{_slug(arm)}/{steps}"
+    return run.tune(key, language_model, "bits_per_byte", lr=rates, size=size, arm=arm, steps=steps)
 
 
 def _models(run: Run, arm: str, lr: float) -> list[dict]:
@@ -299,7 +287,7 @@ def _models(run: Run, arm: str, lr: float) -> list[dict]:
             arm=arm,
             steps=steps,
             lr=lr,
-            seed=seed,
+            seed=FIRST_SEED + seed,
         )
         for seed in run.seeds
     ]

@@ -18,17 +18,11 @@ class CLLAModule(CausalLM):
     """Trains one rung of the ladder from MHA to CLLA; with fewer than 16 bits, on what the cache will give back.
 
     Args:
-        vocab_size: tokens; that of the data.
         rung: `MHA`, `GQA`, `MQA`, `CLA`, `MLA` or `CLLA`.
-        layers: decoder blocks.
-        dim: width of the residual stream.
-        heads: query heads.
-        ffn: inner width of the feed-forward, of the MHA rung if `equal_parameters`.
-        head_dim: width of a head's content; `dim / heads` by default.
-        max_length: longest sequence in tokens.
-        kv_heads: key and value heads of GQA (a quarter of the heads by default) and CLA (all by default).
         equal_parameters: give what the rung saves in attention back to the feed-forward, so that all rungs have the
-            parameters of MHA.
+            parameters of MHA with the feed-forward `ffn`.
+        kv_heads: key and value heads of GQA (a quarter of the heads by default) and CLA (all by default).
+        head_dim: width of a head's content; `dim / heads` by default.
         share_factor: layers that share a cache, in CLA and CLLA.
         latent_dim: numbers of a latent.
         rope_dim: numbers of the rotary key.
@@ -40,15 +34,7 @@ class CLLAModule(CausalLM):
         group_size: numbers that share a scale; None is one scale per vector.
         quantize_from: the update from which on training sees the cache's bits; 16 bits before it.
         rope_theta: base of the rotary frequencies.
-        attention: transformers' name of the attention over expanded keys: `sdpa` or `eager`.
-        tie_embeddings: whether the head's weight is the embedding's.
-        separate_documents: whether a token attends only its own document.
-        init_std: standard deviation of the initial weights.
-        lr: the highest learning rate.
-        min_lr_ratio: the last learning rate, as a share of `lr`.
-        warmup_steps: over which the learning rate rises.
-        weight_decay: of AdamW.
-        betas: of AdamW.
+        others: sizes and optimizer, as `CausalLM` takes them.
 
     Example:
         >>> module = CLLAModule(vocab_size=2048, rung="CLLA", dim=128, heads=4, latent_dim=32, rope_dim=8)
@@ -58,16 +44,10 @@ class CLLAModule(CausalLM):
     def __init__(
         self,
         *,
-        vocab_size: int,
         rung: Rung = "CLLA",
-        layers: int = 6,
-        dim: int = 128,
-        heads: int = 4,
-        ffn: int = 344,
-        head_dim: int | None = None,
-        max_length: int = 512,
-        kv_heads: int | None = None,
         equal_parameters: bool = False,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
         share_factor: int = 2,
         latent_dim: int = 32,
         rope_dim: int = 8,
@@ -79,36 +59,11 @@ class CLLAModule(CausalLM):
         group_size: int | None = 128,
         quantize_from: int = 0,
         rope_theta: float = 10_000.0,
-        attention: str = "sdpa",
-        tie_embeddings: bool = False,
-        separate_documents: bool = False,
-        init_std: float = 0.02,
-        lr: float = 3e-3,
-        min_lr_ratio: float = 0.1,
-        warmup_steps: int = 100,
-        weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.95),
+        **others,
     ) -> None:
-        super().__init__(
-            vocab_size=vocab_size,
-            layers=layers,
-            dim=dim,
-            heads=heads,
-            ffn=ffn,
-            max_length=max_length,
-            attention=attention,
-            tie_embeddings=tie_embeddings,
-            separate_documents=separate_documents,
-            init_std=init_std,
-            lr=lr,
-            min_lr_ratio=min_lr_ratio,
-            warmup_steps=warmup_steps,
-            weight_decay=weight_decay,
-            betas=betas,
-        )
-        self.save_hyperparameters()
         if quantize_from < 0:
             raise ValueError(f"quantize_from: must not be negative, got {quantize_from}")
+        super().__init__(kv_heads=kv_heads, **others)
         self.config()  # what does not go together shows now, not when training begins
 
     def config(self) -> CLLAConfig:

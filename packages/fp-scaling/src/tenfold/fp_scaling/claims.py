@@ -14,8 +14,9 @@ from .fitting import held_out_error
 from .law import ScalingLaw
 from .table import RunTable
 
-TUNING_SEED = 1000  # learning rates are chosen on a seed that no claim uses
-RATES = (2e-3, 4e-3, 8e-3)  # twice as much is faster still, and scatters the gaps four times as far
+# One for all, as in the paper. Half learns more slowly, twice as much faster, but scatters the gaps four times as far.
+LEARNING_RATE = 8e-3
+FIRST_SEED = 10  # the plan below was changed after looks at seeds 0 to 2
 MODELS = {  # smallest first; the claims about one model take the one in `MAIN`
     "quick": ("1x32", "2x32"),
     "default": ("1x32", "2x32", "2x64"),
@@ -38,14 +39,14 @@ TARGETS = {
 PLAIN: dict[str, Any] = {}
 BASELINE = (
     "the same model without quantization (float32): same initial weights, data and order, updates and learning rate; "
-    "one rate for all, as in the paper, tuned for the unquantized model of the middle size"
+    "one rate for all, as in the paper"
 )
 
 
 def exponent_or_mantissa(run: Run) -> list[Claim]:
     """Formats of equal width, all in blocks of 32."""
     layouts, model, steps = LAYOUTS[run.budget], MAIN[run.budget], LENGTHS[run.budget][1]
-    run.plan((len(layouts) + 1) * len(run.seeds) + len(RATES))
+    run.plan((len(layouts) + 1) * len(run.seeds))
     gaps = {fmt: _gaps(run, model, steps, _blocks(fmt)) for fmt in layouts}
     at = _runs(run, model, steps, PLAIN)[0]
     rows = [{"format": f, "gap": t_interval(gaps[f]), "law": _papers_gap(f, **at)} for f in layouts]
@@ -295,8 +296,8 @@ def one_exponent_bit_is_none(run: Run) -> list[Claim]:
             formats=["e1m6", "e0m7"],
             model=model,
             steps=steps,
-            lr=_rate(run),
-            seed=seed,
+            lr=LEARNING_RATE,
+            seed=FIRST_SEED + seed,
         )
         for seed in run.seeds
     ]
@@ -332,23 +333,18 @@ def _blocks(fmt: str, size: int = 32) -> dict[str, Any]:
     return {"fmt": fmt, "block_size": size}
 
 
-def _rate(run: Run) -> float:
-    """The learning rate that is best for the unquantized model at the longest training, for all, as in the paper."""
-    model, steps = MAIN[run.budget], LENGTHS[run.budget][-1]
-    losses = {
-        lr: run.measure(f"tuning/lr{lr:g}", train, model=model, steps=steps, lr=lr, seed=TUNING_SEED)["loss"]
-        for lr in RATES
-    }
-    return min((lr for lr in RATES if losses[lr] is not None), key=losses.__getitem__)
-
-
 def _runs(run: Run, model: str, steps: int, quantization: dict[str, Any]) -> list[dict[str, Any]]:
     """A run per seed."""
-    lr = _rate(run)
     name = "-".join(str(x) for x in _flat(quantization.values())) or "float32"
     return [
         run.measure(
-            f"{model}/{steps}/{name}/seed{seed}", train, model=model, steps=steps, lr=lr, seed=seed, **quantization
+            f"{model}/{steps}/{name}/seed{seed}",
+            train,
+            model=model,
+            steps=steps,
+            lr=LEARNING_RATE,
+            seed=FIRST_SEED + seed,
+            **quantization,
         )
         for seed in run.seeds
     ]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
-from tenfold.core.claims.files import write_atomically
+from tenfold.core.files import write_whole
 
 from .table import RunTable
 
@@ -121,7 +121,8 @@ class Law:
             "constants": self.constants(),
             "bootstrap": [law.constants() for law in self.bootstrap],
         }
-        write_atomically(Path(path), json.dumps(content, indent=1))
+        with write_whole(Path(path)) as file:
+            file.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

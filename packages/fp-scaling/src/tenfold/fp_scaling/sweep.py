@@ -7,8 +7,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tenfold.core.claims.files import write_atomically
 from tenfold.core.claims.progress import RunProgress
+from tenfold.core.files import write_whole
 from tenfold.kernels import FloatFormat
 
 from .experiments import TOKENS_PER_STEP, shape, train
@@ -65,7 +65,8 @@ def sweep(
             else:
                 row = run | {field: measured[field] for field in ("params", "loss")} | {"seconds": round(seconds, 1)}
                 table.append(row)
-                write_atomically(output, _text(table))
+                with write_whole(output) as file:
+                    file.write_text(_text(table), encoding="utf-8")
             progress.measured(name, seconds, False)
         progress.end()
     print(f"{len(table)} runs in {output}; next: tenfold fp-scaling fit-law {output}")

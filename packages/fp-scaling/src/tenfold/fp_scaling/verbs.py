@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tenfold.core.claims.figures import SERIES, lines, panels
-from tenfold.core.data.cache import write_whole
+from tenfold.core.files import write_whole
 
 from .baselines import ChinchillaLaw, PrecisionLaw
 from .fitting import Estimate, Law, extrapolation_error, held_out_error
