@@ -10,6 +10,7 @@ same float32 numbers in one process, in turn, and must give the same bits before
 import argparse
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -47,7 +48,8 @@ def rounders(format: FloatFormat) -> dict[str, Rounder]:
         import numpy as np
 
         found["ml_dtypes"] = lambda x: torch.from_numpy(x.numpy().astype(getattr(ml_dtypes, kind)).astype(np.float32))
-    if format.specials == "none" and format.mantissa_bits >= 1 and format.exponent_bits >= 2 and format.bits <= 8:
+    splits = format.specials == "none" and format.mantissa_bits >= 1 and format.exponent_bits >= 2 and format.bits <= 8
+    if splits and find_spec("torchao"):
         from torchao.prototype.custom_fp_utils import _f32_to_floatx_unpacked, _floatx_unpacked_to_f32
 
         split = format.exponent_bits, format.mantissa_bits

@@ -10,6 +10,7 @@ and those that round must agree before anything is timed.
 import argparse
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ def contenders(format: FloatFormat, block: int) -> dict[str, Callable[[Tensor, T
     formula = partial(emulated, partial(plain, format), format, block)
     found = {"tenfold quant_matmul": ours, "the formula in torch": formula}
     found["the formula in torch, compiled"] = torch.compile(formula, fullgraph=True)
-    if format.specials == "none" and format.mantissa_bits >= 1 and format.exponent_bits >= 2 and format.bits <= 8:
+    splits = format.specials == "none" and format.mantissa_bits >= 1 and format.exponent_bits >= 2 and format.bits <= 8
+    if splits and find_spec("torchao"):
         from torchao.prototype.custom_fp_utils import _f32_to_floatx_unpacked, _floatx_unpacked_to_f32
 
         split = format.exponent_bits, format.mantissa_bits
