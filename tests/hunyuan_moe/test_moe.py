@@ -70,7 +70,7 @@ def test_statistics():
 
 
 def test_the_same_seed_recycles_the_same_tokens():
-    moe, x = layer(), torch.randn(64, 8, dtype=torch.float64)
+    moe, x = MoELayer(8, 6, 16).double(), torch.randn(64, 8, dtype=torch.float64)
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
