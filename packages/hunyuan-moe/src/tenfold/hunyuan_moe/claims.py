@@ -98,14 +98,14 @@ def expert_learning_rate(run: Run) -> list[Claim]:
     return [
         Claim(
             name="expert-learning-rate",
-            statement=f"Specialized experts at {PAPERS_RATIO} of the others' learning rate give a lower loss than one rate.",
-            paper="each expert at the rate that suits its share of the batch, about 0.31 (section 2.2.4), without numbers",
+            statement=f"Specialized experts at {PAPERS_RATIO} of the learning rate give a lower loss than one rate for all.",
+            paper="each expert at the rate that suits its share of the batch: a ratio of about 0.31 (section 2.2.4)",
             criterion=below(0),
             values=_differences(ours, uniform),
             unit="bits per byte",
             baseline=f"one rate for all parameters; {EQUAL}",
-            notes=f"{plan.size} parameters, {plan.steps} updates. 0.31 is the formula's value for 16 experts at 0.26 of "
-            "the noise batch; here are 8 experts, and the noise batch was not measured. Learning rates: "
+            notes=f"{plan.size} parameters, {plan.steps} updates. 0.31 is the formula's value for 16 experts at 0.26 "
+            "of the noise batch; here are 8 experts, and the noise batch was not measured. Learning rates: "
             f"{rates['recycle']:g} with the ratio, {rates['uniform rate']:g} without.",
         )
     ]
