@@ -23,7 +23,7 @@ class Plan(NamedTuple):
 
 PLAN = {
     "quick": Plan("0.32M", 30, ()),
-    "default": Plan("0.32M", 200, CACHES),
+    "default": Plan("0.32M", 100, CACHES),
     "full": Plan("0.55M", 2000, ("MHA", "GQA", "CLA", "recycle")),
 }
 MARGIN = 1.0  # % of the other arm's loss that counts as no loss
@@ -98,7 +98,7 @@ def expert_learning_rate(run: Run) -> list[Claim]:
     return [
         Claim(
             name="expert-learning-rate",
-            statement=f"Specialized experts at {PAPERS_RATIO} of the learning rate give a lower loss than one rate for all.",
+            statement=f"Specialized experts at {PAPERS_RATIO} of the learning rate give a lower loss than one rate.",
             paper="each expert at the rate that suits its share of the batch: a ratio of about 0.31 (section 2.2.4)",
             criterion=below(0),
             values=_differences(ours, uniform),

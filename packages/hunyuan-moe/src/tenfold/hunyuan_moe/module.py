@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from tenfold.core.lm import CausalLM
@@ -102,10 +103,19 @@ class HunyuanLarge(CausalLM):
         return HunyuanLargeForCausalLM(self.config())
 
     def configure_model(self) -> None:
-        """Build the model, once, and listen for its balance loss."""
+        """Build the model, once, and listen for its balance loss.
+
+        Under Lightning's `ModelParallelStrategy`, shard each layer over the processes (FSDP2): of the experts, which
+        are stacked in one tensor, each process keeps its share.
+        """
         if self.lm is None:
             super().configure_model()
             self.lm.base_model.register_forward_hook(self._keep_balance)
+            if self.device_mesh is not None:
+                mesh = self.device_mesh["data_parallel"]
+                for layer in self.lm.base_model.layers:
+                    fully_shard(layer, mesh=mesh)
+                fully_shard(self, mesh=mesh)  # not `lm`: the head's weight is used outside of its forward
 
     def _keep_balance(self, model: torch.nn.Module, inputs: tuple, output) -> None:
         self._balance = output.balance_loss
