@@ -8,6 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from tenfold.core.lm import CausalLM
+from tenfold.core.training import NonFiniteError
 
 from .config import HunyuanLargeConfig
 from .learning_rates import PAPERS_RATIO, expert_parameter_groups, three_phase
@@ -30,7 +31,6 @@ class HunyuanLarge(CausalLM):
         balance: weight of the balance loss; not published.
         share_factor: layers that share keys and values; 1 for none (no CLA).
         qk_norm: whether queries and keys are normalized.
-        head_dim: `dim / heads` by default.
         rope_theta: base of the rotary frequencies.
         rope_alpha: raises the base to rope_theta · alpha^(d/(d-2)), as in the released models.
         expert_lr_ratio: learning rate of the specialized experts, relative to `lr`.
@@ -51,7 +51,6 @@ class HunyuanLarge(CausalLM):
         balance: float = 0.01,
         share_factor: int = 2,
         qk_norm: bool = True,
-        head_dim: int | None = None,
         rope_theta: float = 10_000.0,
         rope_alpha: float | None = None,
         expert_lr_ratio: float = PAPERS_RATIO,
@@ -71,15 +70,13 @@ class HunyuanLarge(CausalLM):
         rope = {"rope_type": "default", "rope_theta": h.rope_theta}
         if h.rope_alpha is not None:
             rope |= {"rope_type": "dynamic", "alpha": h.rope_alpha, "factor": 1.0}
-        sizes = self.llama_config() if h.head_dim is None else None  # its checks
         return HunyuanLargeConfig(
             vocab_size=h.vocab_size,
             hidden_size=h.dim,
             intermediate_size=h.ffn,
             num_hidden_layers=h.layers,
             num_attention_heads=h.heads,
-            num_key_value_heads=sizes.num_key_value_heads if sizes else h.kv_heads or h.heads,
-            head_dim=h.head_dim,
+            num_key_value_heads=self.llama_config().num_key_value_heads,  # whose checks of sizes hold here too
             max_position_embeddings=h.max_length,
             rope_parameters=rope,
             tie_word_embeddings=h.tie_embeddings,
@@ -130,7 +127,13 @@ class HunyuanLarge(CausalLM):
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         """The loss of a batch, balance included, and what the routers did."""
-        loss = super().training_step(batch, batch_index)
+        try:
+            loss = super().training_step(batch, batch_index)
+        except ValueError as error:
+            if not str(error).startswith("logits:"):
+                raise
+            # A router sees it first that the weights have become too large, before there is a loss.
+            raise NonFiniteError(f"step {self.global_step}: the routers' {error}") from error
         statistics = [layer.mlp.statistics for layer in self.lm.base_model.layers]
         load = torch.stack([s.load for s in statistics]).float()
         self.log_dict(
