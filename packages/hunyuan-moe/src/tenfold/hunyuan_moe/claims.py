@@ -9,7 +9,7 @@ from tenfold.core.claims.figures import bars
 from .experiments import language_model, papers_cache
 from .learning_rates import PAPERS_RATIO
 
-RATES = (8e-3, 1.6e-2)  # where the search begins; it goes on until the best is inside (Run.tune)
+RATES = (1.6e-2, 3.2e-2)  # where the search begins; it goes on until the best is inside (Run.tune)
 ROUTINGS, EXPERTS, CACHES = ("recycle", "drop", "dropless"), ("recycle", "uniform rate"), ("MHA", "recycle")
 
 
@@ -23,7 +23,7 @@ class Plan(NamedTuple):
 
 PLAN = {
     "quick": Plan("0.32M", 30, ()),
-    "default": Plan("0.32M", 100, CACHES),
+    "default": Plan("0.32M", 500, CACHES),
     "full": Plan("0.55M", 2000, ("MHA", "GQA", "CLA", "recycle")),
 }
 MARGIN = 1.0  # % of the other arm's loss that counts as no loss

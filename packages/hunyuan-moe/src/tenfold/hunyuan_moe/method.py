@@ -14,5 +14,5 @@ METHOD = Method(
     datamodule=LightningDataModule,
     package="tenfold.hunyuan_moe",
     claims=(claims.recycle_routing, claims.expert_learning_rate, claims.cache),
-    verbs={"scaling": verbs.scaling},
+    verbs={"scaling": verbs.scaling, "synthesize": verbs.synthesize},
 )
