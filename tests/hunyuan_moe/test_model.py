@@ -265,6 +265,7 @@ def test_half_precision_keeps_the_router_in_float32(build, tokens, tmp_path):
         ({"routing": "drop", "capacity_factor": 0.0}, "capacity_factor: must be positive; got 0.0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: 3 do not divide num_attention_heads 4"),
         ({"moe_topk": [1, 2, 1, 1]}, r"moe_topk: must be the same in all layers, got \[1, 2, 1, 1\]"),
+        ({"hidden_act": "gelu"}, "hidden_act: the experts are SwiGLU, 'silu'; got 'gelu'"),
         ({"cla_share_factor": 0}, "cla_share_factor: must be at least 1, got 0"),
     ],
 )

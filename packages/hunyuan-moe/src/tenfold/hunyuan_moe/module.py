@@ -151,10 +151,11 @@ class HunyuanLarge(CausalLM):
         h = self.hparams
         groups = expert_parameter_groups(self.lm, h.lr, ratio=h.expert_lr_ratio, weight_decay=h.weight_decay)
         optimizer = torch.optim.AdamW(groups, betas=h.betas, fused=True)
+        steps = int(self.trainer.estimated_stepping_batches)
         schedule = three_phase(
             optimizer,
-            warmup_steps=h.warmup_steps,
-            total_steps=int(self.trainer.estimated_stepping_batches),
+            warmup_steps=min(h.warmup_steps, int((1 - h.anneal_share) * steps)),  # a trial run may be shorter
+            total_steps=steps,
             anneal_share=h.anneal_share,
             decay_ratio=h.decay_ratio,
             min_ratio=h.min_lr_ratio,
