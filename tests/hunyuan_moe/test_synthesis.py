@@ -228,7 +228,7 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
     assert main(command) == 0
     assert len(seen) == asked  # all of it was there
     assert main([*command, "--samples", "2"]) == 2
-    assert "samples: out.jsonl.work was begun with another one" in capsys.readouterr().err
+    assert "samples: out.jsonl.work was begun with others" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -239,13 +239,16 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
         ('{"text": "a"}\n{', [], "docs.jsonl, line 2: not JSON"),
         ('{"text": "a"}', ["--samples", "0"], "samples: must be from 1 to 100, got 0"),
         ('{"text": "a"}', ["--ways", "[colour]"], "colour"),
+        ('{"text": "a"}', ["--temperature", "0"], "temperature: several samples need one above 0"),
+        ('{"text": "a"}', ["--server", "localhost"], "server: expected an http address, got 'localhost'"),
+        ('{"text": "a"}', [], "./m"),
     ],
 )
 def test_bad_commands(text, options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if text is not None:
         (tmp_path / "docs.jsonl").write_text(text)
-    assert main(["hunyuan-moe", "synthesize", "docs.jsonl", "out.jsonl", "m", *options]) == 2
+    assert main(["hunyuan-moe", "synthesize", "docs.jsonl", "out.jsonl", "./m", *options]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -1,5 +1,6 @@
 """`tenfold hunyuan-moe scaling` and `synthesize`."""
 
+import hashlib
 import json
 from itertools import cycle
 from pathlib import Path
@@ -122,22 +123,22 @@ def synthesize(
     ):
         if not low <= value <= high:
             raise ValueError(f"{name}: must be from {low} to {high}, got {value}")
+    if samples > 1 and temperature <= 0:
+        raise ValueError("temperature: several samples need one above 0, or they are all the same")
     for _ in read_jsonl(documents, "text"):
         pass  # every line is looked at before a model is loaded
     work = Path(f"{output}.work")
-    _same_settings(
-        work / "settings.json",
-        {
-            "documents": str(documents),
-            "model": model,
-            "server": server,
-            "critic": critic,
-            "ways": list(ways),
-            "samples": samples,
-            "temperature": temperature,
-            "max_new_tokens": max_new_tokens,
-        },
-    )
+    settings = {
+        "documents": hashlib.sha256(documents.read_bytes()).hexdigest(),
+        "model": model,
+        "server": server,
+        "critic": critic,
+        "ways": list(ways),
+        "samples": samples,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+    }
+    _refuse_other_settings(work / "settings.json", settings)
 
     def load(name: str, heat: float) -> Generate:
         if server is not None:
@@ -146,6 +147,8 @@ def synthesize(
 
     writer = load(model, temperature)
     judge = load(critic or model, 0.0) if server is not None or critic else writer.greedy()
+    with write_whole(work / "settings.json") as file:  # the models are there: now something is left behind
+        file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     console = Console(highlight=False)
     source = documents
     for name, step in (
@@ -163,16 +166,11 @@ def synthesize(
     console.print(f"filter: {len(kept)} kept in {output}; fallen: {fallen}", soft_wrap=True)
 
 
-def _same_settings(file: Path, settings: dict) -> None:
-    """Keep the settings beside the steps' files; refuse to go on with others."""
+def _refuse_other_settings(file: Path, settings: dict) -> None:
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         if changed := [name for name in settings if before.get(name) != settings[name]]:
-            raise ValueError(
-                f"{changed[0]}: {file.parent} was begun with another one; choose another output, or delete it"
-            )
-    with write_whole(file) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            raise ValueError(f"{changed[0]}: {file.parent} was begun with others; choose another output, or delete it")
 
 
 def short(x: float) -> str:
