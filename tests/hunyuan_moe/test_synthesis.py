@@ -54,6 +54,8 @@ def test_a_model_for_each_kind():
     respond = Respond({"": lambda p: ["plain"] * len(p), "maths": lambda p: ["sums"] * len(p)}, samples=1)
     records = [{"instruction": "i", "kind": kind} for kind in ("maths", "prose", "maths")]
     assert [r["responses"] for r in respond(records)] == [["sums"], ["plain"], ["sums"]]
+    with pytest.raises(ValueError, match="generate: has no model for instructions of kind 'prose'"):
+        Respond({"maths": scripted})(records)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,12 @@ class Respond:
         models = self.generate if isinstance(self.generate, dict) else {"": self.generate}
         by_model: dict[str, list[int]] = defaultdict(list)
         for i, record in enumerate(records):
-            by_model[record.get("kind") if record.get("kind") in models else ""].append(i)
+            kind = record.get("kind", "")
+            if kind not in models and "" not in models:
+                raise ValueError(
+                    f'generate: has no model for instructions of kind {kind!r}, and none for all others, ""'
+                )
+            by_model[kind if kind in models else ""].append(i)
         responses: dict[int, list[str]] = {i: [] for i in range(len(records))}
         for name, chosen in by_model.items():
             for sample in range(self.samples):
