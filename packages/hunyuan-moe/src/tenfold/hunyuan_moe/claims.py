@@ -9,7 +9,7 @@ from tenfold.core.claims.figures import bars
 from .experiments import language_model, papers_cache
 from .learning_rates import PAPERS_RATIO
 
-RATES = (1.6e-2, 3.2e-2)  # where the search begins; it goes on until the best is inside (Run.tune)
+RATES = (8e-3, 1.6e-2)  # where the search begins; it goes on until the best is inside (Run.tune)
 ROUTINGS, EXPERTS, CACHES = ("recycle", "drop", "dropless"), ("recycle", "uniform rate"), ("MHA", "recycle")
 
 
