@@ -93,6 +93,7 @@ assert "e4m3" in subprocess.check_output(plan, text=True)
 assert Path("plan.svg").stat().st_size > 1000
 """,
     "tenfold-clla": """
+    "tenfold-hunyuan-moe": """
 import subprocess, sys
 from pathlib import Path
 import torch
@@ -113,6 +114,22 @@ register()
 assert type(AutoModelForCausalLM.from_pretrained("model")) is CLLAForCausalLM
 tenfold = Path(sys.executable).with_name("tenfold")
 assert "1.82 %" in subprocess.check_output([tenfold, "clla", "budget"], text=True)
+from tenfold.hunyuan_moe import HunyuanLargeConfig, HunyuanLargeForCausalLM, register
+config = HunyuanLargeConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, num_experts=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=None,
+)
+model = HunyuanLargeForCausalLM(config)
+tokens = torch.randint(2, 64, (2, 7))
+model(tokens, labels=tokens).loss.backward()
+model.eval().save_pretrained("saved")
+register()
+again = AutoModelForCausalLM.from_pretrained("saved")
+assert torch.equal(again(tokens).logits, model(tokens).logits)
+assert again.generate(tokens, max_new_tokens=3, do_sample=False).shape == (2, 10)
+tenfold = Path(sys.executable).with_name("tenfold")
+answer = subprocess.check_output([tenfold, "hunyuan-moe", "scaling", "--compute", "3.1088e24"], text=True)
+assert "58.1B" in answer, answer
 """,
 }
 

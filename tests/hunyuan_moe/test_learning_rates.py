@@ -1,6 +1,7 @@
 """Rates by expert and over time against the paper's numbers, and staged contexts."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -80,10 +81,10 @@ def test_three_phases():
     assert r[1900] == pytest.approx(0.3)
     assert r[1950] == pytest.approx(0.2)
     assert r[2000:] == pytest.approx([0.1] * 3)
-    assert max(abs(a - b) for a, b in zip(r, r[1:], strict=False)) < 0.011
-    decay = [a - b for a, b in zip(r[100:1900], r[101:1901], strict=True)]
+    assert max(abs(a - b) for a, b in pairwise(r)) < 0.011
+    decay = [a - b for a, b in pairwise(r[100:1901])]
     assert 0 <= min(decay) <= max(decay) < 0.7 * math.pi / 2 / 1800 * 1.01
-    annealed = [a - b for a, b in zip(r[1900:2000], r[1901:2001], strict=True)]
+    annealed = [a - b for a, b in pairwise(r[1900:2001])]
     assert annealed == pytest.approx([0.002] * 100)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, DynamicCache, HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
 
 from tenfold.hunyuan_moe import (
     HunyuanLargeConfig,
@@ -66,6 +66,29 @@ def test_by_its_definition(build, tokens):
     cache = DynamicCache(config=model.config)
     steps = [model(part, past_key_values=cache).logits for part in tokens.split([5, 1, 4, 1, 1, 1], dim=1)]
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cla_share_factor": 3, "num_hidden_layers": 5},
+        {"use_cla": False},
+        {"use_qk_norm": False},
+        {"num_shared_expert": 0},
+        {"num_shared_expert": 2, "moe_topk": 2},
+        {"num_key_value_heads": 1},
+    ],
+    ids=str,
+)
+def test_decoding_in_other_shapes(build, tokens, changes):
+    model = build(**changes)
+    cache = DynamicCache(config=model.config)
+    steps = [model(part, past_key_values=cache).logits for part in tokens.split([6, 1, 1, 5], dim=1)]
+    expected = model(tokens, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=0, atol=1e-12)
+    held = [layer.keys is not None for layer in cache.layers]
+    assert held == [mode is None for mode in model.config.kv_sharing_modes]
 
 
 @torch.no_grad()
@@ -211,6 +234,15 @@ def test_round_trip(build, tokens, tmp_path):
     assert torch.equal(model(tokens).logits, again(tokens).logits)
 
 
+def test_the_decoder_alone(build, tokens, tmp_path):
+    register()
+    model = build(dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    decoder = AutoModel.from_pretrained(tmp_path)
+    expected = model.model(tokens).last_hidden_state
+    assert torch.equal(decoder(tokens).last_hidden_state, expected)
+
+
 def test_half_precision_keeps_the_router_in_float32(build, tokens, tmp_path):
     model = build(dtype=torch.float32)
     model.save_pretrained(tmp_path)
@@ -233,6 +265,7 @@ def test_half_precision_keeps_the_router_in_float32(build, tokens, tmp_path):
         ({"routing": "drop", "capacity_factor": 0.0}, "capacity_factor: must be positive; got 0.0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: 3 do not divide num_attention_heads 4"),
         ({"moe_topk": [1, 2, 1, 1]}, r"moe_topk: must be the same in all layers, got \[1, 2, 1, 1\]"),
+        ({"hidden_act": "gelu"}, "hidden_act: the experts are SwiGLU, 'silu'; got 'gelu'"),
         ({"cla_share_factor": 0}, "cla_share_factor: must be at least 1, got 0"),
     ],
 )

@@ -70,7 +70,7 @@ def test_statistics():
 
 
 def test_the_same_seed_recycles_the_same_tokens():
-    moe, x = layer(), torch.randn(64, 8, dtype=torch.float64)
+    moe, x = MoELayer(8, 6, 16).double(), torch.randn(64, 8, dtype=torch.float64)
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -149,3 +149,17 @@ def test_experts_of_other_processes_add_nothing():
     assert rows[:2, 0].tolist() == [0, 1]
     assert routing.load.tolist() == [1, 1]
     assert unpermute_tokens(torch.full((6, 1), 2.0), routing)[:, 0].tolist() == [1, 2, 0]
+
+
+def test_compiles_without_graph_breaks():
+    moe, x = MoELayer(8, 6, 4), torch.randn(24, 8)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    results = []
+    for layer in (moe, compiled):
+        torch.manual_seed(1)
+        moe.zero_grad()
+        y, routing = layer(x)
+        (y.square().sum() + routing.balance_loss).backward()
+        results.append([y, *(p.grad for p in moe.parameters())])
+        assert moe.statistics.load.tolist() == [6, 6, 6, 6]
+    torch.testing.assert_close(*results)

@@ -5,12 +5,14 @@ from .config import HunyuanLargeConfig
 from .experts import register_experts
 from .learning_rates import batch_at_ratio, expert_lr_ratio, expert_parameter_groups, optimal_lr, three_phase
 from .model import HunyuanLargeForCausalLM, HunyuanLargeModel, register
+from .module import HunyuanLarge
 from .moe import Experts, MoELayer, RecycleRouter, RoutingStatistics
 from .rope import extend_context, rope_base
 from .scaling import fit_isoflops, minimal_compute, training_flops
 
 __all__ = [
     "Experts",
+    "HunyuanLarge",
     "HunyuanLargeConfig",
     "HunyuanLargeForCausalLM",
     "HunyuanLargeModel",

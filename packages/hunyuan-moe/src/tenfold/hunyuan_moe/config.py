@@ -86,6 +86,8 @@ class HunyuanLargeConfig(HunYuanMoEV1Config):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim: must be even, the rotation turns pairs; got {self.head_dim}")
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act: the experts are SwiGLU, 'silu'; got {self.hidden_act!r}")
         if self.router_aux_loss_coef < 0:
             raise ValueError(f"router_aux_loss_coef: must not be negative, got {self.router_aux_loss_coef}")
         check_routing(self.routing, self.capacity_factor)

@@ -4,7 +4,7 @@ from lightning import LightningDataModule, LightningModule
 
 from tenfold.core.methods import Method
 
-from . import verbs
+from . import claims, verbs
 
 METHOD = Method(
     name="hunyuan-moe",
@@ -13,5 +13,6 @@ METHOD = Method(
     module=LightningModule,
     datamodule=LightningDataModule,
     package="tenfold.hunyuan_moe",
-    verbs={"scaling": verbs.scaling},
+    claims=(claims.recycle_routing, claims.expert_learning_rate, claims.cache),
+    verbs={"scaling": verbs.scaling, "synthesize": verbs.synthesize},
 )

@@ -198,7 +198,8 @@ class HunyuanLargeForCausalLM(HunyuanLargePreTrainedModel, GenerationMixin):
             ValueError: a local folder whose tensors are not exactly the model's, all of them named in one line.
         """
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
-        if pretrained_model_name_or_path is not None and folder.is_dir() and "state_dict" not in kwargs:
+        whole = pretrained_model_name_or_path is not None and (folder / "config.json").is_file()
+        if whole and "state_dict" not in kwargs:  # an adapter's folder has no config of the model
             if not isinstance(config, HunyuanLargeConfig):
                 config = HunyuanLargeConfig.from_pretrained(config or folder)
             check_folder(folder, config)

@@ -9,7 +9,8 @@ def extend_context(model: PreTrainedModel, *, max_length: int, base: float) -> N
     """Give a model a longer context before it is trained on: `max_length` positions, rotary base `base`.
 
     The paper trains at 32K and then at 256K, about 10 billion tokens each, 25 % of them natural long text, and
-    raises the base to 1e9 for 256K; the base for 32K is not published. The change is kept by `save_pretrained`. A scaling that the model had is replaced.
+    raises the base to 1e9 for 256K; the base for 32K is not published. The change is kept by `save_pretrained`. A
+    scaling that the model had is replaced.
 
     Args:
         model: whose rotary embeddings share one set of parameters.

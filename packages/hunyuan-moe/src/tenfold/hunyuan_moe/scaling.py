@@ -39,6 +39,7 @@ class PowerLaw(NamedTuple):
     exponent: float
 
     def __call__(self, compute: float) -> float:
+        """The law's value."""
         return self.factor * compute**self.exponent
 
     def inverse(self, value: float) -> float:
@@ -86,6 +87,7 @@ class Parabola:
         return self.low <= self.best <= self.high
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
+        """The loss of models, or data, of these sizes."""
         return self.curvature * (np.log(x) - math.log(self.best)) ** 2 + self.least
 
 
@@ -216,14 +218,8 @@ def _parabola(group: np.ndarray, column: int) -> Parabola:
             f"runs: the losses at {group[0, 0]:.3g} operations do not rise on both sides of a least one: no minimum"
         )
     best = center - b / (2 * a)
-    return Parabola(
-        group[0, 0],
-        float(np.exp(best)),
-        float(c - b * b / (4 * a)),
-        float(a),
-        float(np.exp(x.min())),
-        float(np.exp(x.max())),
-    )
+    best, low, high = (float(np.exp(point)) for point in (best, x.min(), x.max()))
+    return Parabola(float(group[0, 0]), best, float(c - b * b / (4 * a)), float(a), low, high)
 
 
 def _power_law(curves: list[Parabola]) -> PowerLaw:

@@ -1,7 +1,10 @@
-"""`tenfold hunyuan-moe scaling` on a terminal, with a figure."""
+"""`tenfold hunyuan-moe scaling` and `synthesize`."""
 
+import hashlib
+import json
 from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,6 +14,7 @@ from rich.table import Table
 from tenfold.core.claims.figures import SERIES, panels
 from tenfold.core.files import write_whole
 
+from .generators import Generate, LocalModel, Server
 from .scaling import (
     PAPERS_PARAMS,
     PAPERS_TOKENS,
@@ -21,6 +25,7 @@ from .scaling import (
     minimal_compute,
     training_flops,
 )
+from .synthesis import Critique, Evolve, Filters, Instruct, Respond, read_jsonl, run_step, select
 
 
 def scaling(
@@ -81,6 +86,91 @@ def scaling(
         "near the optimum the loss is flat.",
         soft_wrap=True,
     )
+
+
+def synthesize(
+    documents: Path,
+    output: Path,
+    model: str,
+    server: str | None = None,
+    critic: str | None = None,
+    ways: tuple[Literal["clarity", "difficulty", "variety"], ...] = ("clarity", "difficulty"),
+    samples: int = 3,
+    grade: int = 3,
+    temperature: float = 0.7,
+    max_new_tokens: int = 512,
+    batch_size: int = 8,
+) -> None:
+    """Instructions and answers from documents, in four steps: instruct, evolve, respond, filter; resumable.
+
+    Args:
+        documents: JSONL with a `text` in every line.
+        output: JSONL with instruction and response; what the steps wrote is kept in OUTPUT.work.
+        model: a folder or name that transformers loads, or the model's name at the server.
+        server: address of an OpenAI-compatible server, up to /v1; the key, if any, in OPENAI_API_KEY.
+        critic: the model that grades the responses; by default the same.
+        ways: of evolving an instruction, one after the other.
+        samples: responses to each instruction, which must agree where they state a short answer.
+        grade: of 1 to 4, the least that is kept.
+        temperature: of the sampling.
+        max_new_tokens: of an answer.
+        batch_size: prompts at once, and what an interruption can lose.
+    """
+    for name, value, low, high in (
+        ("samples", samples, 1, 100),
+        ("grade", grade, 1, 4),
+        ("batch_size", batch_size, 1, 4096),
+    ):
+        if not low <= value <= high:
+            raise ValueError(f"{name}: must be from {low} to {high}, got {value}")
+    if samples > 1 and temperature <= 0:
+        raise ValueError("temperature: several samples need one above 0, or they are all the same")
+    for _ in read_jsonl(documents, "text"):
+        pass  # every line is looked at before a model is loaded
+    work = Path(f"{output}.work")
+    settings = {
+        "documents": hashlib.sha256(documents.read_bytes()).hexdigest(),
+        "model": model,
+        "server": server,
+        "critic": critic,
+        "ways": list(ways),
+        "samples": samples,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+    }
+    _refuse_other_settings(work / "settings.json", settings)
+
+    def load(name: str, heat: float) -> Generate:
+        if server is not None:
+            return Server(server, name, max_new_tokens=max_new_tokens, temperature=heat)
+        return LocalModel(name, max_new_tokens=max_new_tokens, temperature=heat)
+
+    writer = load(model, temperature)
+    judge = load(critic or model, 0.0) if server is not None or critic else writer.greedy()
+    with write_whole(work / "settings.json") as file:  # the models are there: now something is left behind
+        file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    console = Console(highlight=False)
+    source = documents
+    for name, step in (
+        ("instruct", Instruct(writer)),
+        ("evolve", Evolve(writer, tuple(ways))),
+        ("respond", Respond(writer, samples)),
+        ("critique", Critique(judge)),
+    ):
+        source = run_step(name, step, read_jsonl(source), work, batch_size=batch_size)
+        console.print(f"{name}: {sum(1 for _ in read_jsonl(source))} records in {source}", soft_wrap=True)
+    kept, reasons = select(read_jsonl(source), Filters(grade=grade))
+    with write_whole(output) as file:
+        file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
+    fallen = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "none"
+    console.print(f"filter: {len(kept)} kept in {output}; fallen: {fallen}", soft_wrap=True)
+
+
+def _refuse_other_settings(file: Path, settings: dict) -> None:
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if changed := [name for name in settings if before.get(name) != settings[name]]:
+            raise ValueError(f"{changed[0]}: {file.parent} was begun with others; choose another output, or delete it")
 
 
 def short(x: float) -> str:
