@@ -93,7 +93,6 @@ assert "e4m3" in subprocess.check_output(plan, text=True)
 assert Path("plan.svg").stat().st_size > 1000
 """,
     "tenfold-clla": """
-    "tenfold-hunyuan-moe": """
 import subprocess, sys
 from pathlib import Path
 import torch
@@ -114,6 +113,12 @@ register()
 assert type(AutoModelForCausalLM.from_pretrained("model")) is CLLAForCausalLM
 tenfold = Path(sys.executable).with_name("tenfold")
 assert "1.82 %" in subprocess.check_output([tenfold, "clla", "budget"], text=True)
+""",
+    "tenfold-hunyuan-moe": """
+import subprocess, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
 from tenfold.hunyuan_moe import HunyuanLargeConfig, HunyuanLargeForCausalLM, register
 config = HunyuanLargeConfig(
     vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=4, num_attention_heads=4,
