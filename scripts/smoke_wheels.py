@@ -26,8 +26,8 @@ USES = {
     "tenfold-kernels": """
 import torch
 from tenfold.kernels import (
-    cog_attention, fake_quantize, grouped_matmul, latent_attention, linear_logprob, pack_latents, permute_tokens,
-    route_tokens, unpermute_tokens,
+    cog_attention, fake_quantize, grouped_matmul, grouped_swiglu, latent_attention, linear_logprob, pack_latents,
+    permute_tokens, route_tokens, unpermute_tokens,
 )
 query, key, value = torch.randn(3, 1, 2, 5, 8, requires_grad=True).unbind()
 cog_attention(query, key, value, causal=True).sum().backward()
@@ -39,7 +39,9 @@ codes = pack_latents(torch.randn(1, 9, 64))
 assert latent_attention(torch.randn(1, 2, 1, 64), None, codes, None, scale=0.1).shape == (1, 2, 1, 64)
 routing = route_tokens(torch.randn(32, 4), capacity=8)
 rows, offsets = permute_tokens(torch.randn(32, 6), routing)
-assert unpermute_tokens(grouped_matmul(rows, torch.randn(4, 6, 6), offsets), routing).shape == (32, 6)
+rows = grouped_matmul(rows, torch.randn(4, 6, 6), offsets)
+rows = grouped_swiglu(rows, torch.randn(4, 10, 6), torch.randn(4, 6, 5), offsets)
+assert unpermute_tokens(rows, routing).shape == (32, 6)
 """,
     "tenfold-core": """
 import subprocess, sys

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import HunYuanMoEV1Config
 from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import HunYuanMoEV1Experts
 
-from tenfold.kernels import grouped_matmul, permute_tokens, route_tokens, unpermute_tokens
+from tenfold.kernels import grouped_swiglu, permute_tokens, route_tokens, unpermute_tokens
 from tenfold.kernels.testing.timing import compare, machine, print_table, require_same, write_csv
 
 OURS = "tenfold"
@@ -29,8 +29,7 @@ def ours(x: Tensor, router: Tensor, up: Tensor, down: Tensor, top_k: int) -> Ten
     """The layer by our ops; `up` holds gate and value, as transformers stores them."""
     routing = route_tokens(F.linear(x, router), top_k)
     rows, offsets = permute_tokens(x, routing)
-    gate, value = grouped_matmul(rows, up.transpose(1, 2), offsets).chunk(2, -1)
-    return unpermute_tokens(grouped_matmul(F.silu(gate) * value, down.transpose(1, 2), offsets), routing)
+    return unpermute_tokens(grouped_swiglu(rows, up, down, offsets), routing)
 
 
 def theirs(experts: HunYuanMoEV1Experts, way: str, x: Tensor, router: Tensor, up: Tensor, down: Tensor, top_k: int):

@@ -46,6 +46,27 @@ def product_launches(chip, dtype, precision, rows):
     return recorded
 
 
+def feed_forward_launches(chip, dtype, precision, rows):
+    """The launches of a feed-forward and its backward, in the transformers' layout; of small groups the forward's."""
+    E, K, inner = 16, 512, 1024
+    x, grad = torch.zeros(E * rows, K, dtype=dtype), torch.zeros(E * rows, K, dtype=dtype)
+    gate_up, down = torch.zeros(E, 2 * inner, K, dtype=dtype), torch.zeros(E, K, inner, dtype=dtype)
+    offsets = torch.zeros(E + 1, dtype=torch.int64)
+    before = torch.get_float32_matmul_precision()
+    with pytest.MonkeyPatch.context() as patch, recorded_launches() as recorded:
+        patch.setattr(kernels, "architecture", lambda x: chip)
+        patch.setattr(torch.version, "hip", "6.4" if chip.startswith("gfx") else None)
+        torch.set_float32_matmul_precision(precision)
+        _, hidden = kernels.grouped_swiglu(x, gate_up, down, offsets, rows == 128)
+        if rows == 128:
+            kernels.grouped_swiglu_backward(grad, x, gate_up, down, offsets, hidden, [True, True, True])
+    torch.set_float32_matmul_precision(before)
+    names = [launch.kernel.__name__ for launch in recorded]
+    backward = ["_matmul_kernel", "_swiglu_backward_kernel", "_matmul_kernel", "_dweight_kernel", "_dweight_kernel"]
+    assert names == ["_matmul_kernel", "_matmul_kernel", *backward][: len(names)]
+    return recorded[:1] + [launch for launch in recorded if launch.kernel.__name__ == "_swiglu_backward_kernel"]
+
+
 def routing_launches(tokens, experts, top_k):
     logits = torch.zeros(tokens, experts)
     with recorded_launches() as recorded:
@@ -82,6 +103,19 @@ def test_grouped_products(case):
         assert (compiled.tensor_core > 0) == (dtype == HALF or precision != "highest" or chip == "gfx942"), compiled
         assert compiled.loads[16] > 0, compiled
         assert min(compiled.loads) >= 8, compiled  # the offsets; all else is wider
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
+def test_feed_forwards(case):
+    chip, dtype, precision, _ = case
+    for launch in feed_forward_launches(*case):
+        compiled = compile_launch(launch, target=chip)
+        assert compiled.spilled == 0, compiled
+        assert compiled.shared <= shared_limit(chip), compiled
+        if "gfx" not in chip:
+            assert compiled.loads[16] > 0, compiled
+        if launch.kernel.__name__ == "_matmul_kernel":
+            assert (compiled.tensor_core > 0) == (dtype == HALF or precision != "highest" or chip == "gfx942"), compiled
 
 
 @pytest.mark.parametrize("case", OTHERS, ids="-".join)

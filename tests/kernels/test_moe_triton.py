@@ -5,8 +5,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenfold.kernels import Routing, grouped_matmul, permute_tokens, route_tokens, unpermute_tokens, use_backend
-from tenfold.kernels.testing import check_op, grouped_inputs, poisoned_scratch, routing_logits, with_margin
+from tenfold.kernels import (
+    Routing,
+    grouped_matmul,
+    grouped_swiglu,
+    permute_tokens,
+    route_tokens,
+    unpermute_tokens,
+    use_backend,
+)
+from tenfold.kernels.testing import (
+    check_op,
+    grouped_inputs,
+    poisoned_scratch,
+    routing_logits,
+    swiglu_inputs,
+    with_margin,
+)
 
 HALF_AND_FULL = [torch.float32, torch.bfloat16, torch.float16]
 INTEGERS = ("expert", "slot", "load", "recycled", "dropped", "row", "offsets")
@@ -172,6 +187,48 @@ def test_rows_of_no_group_take_no_part_whatever_they_hold(device, bad):
     assert dweight[1].eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ((70, 0, 130, 1), 72, 40, 24),
+        ((0, 64, 128, 0), 64, 128, 64),  # whole tiles
+        ((0, 0), 3, 5, 2),
+        ((1,), 1, 1, 1),
+    ],
+    ids=str,
+)
+def test_feed_forwards_and_gradients_are_within_the_budget(device, dtype, layout, sizes):
+    tensors = swiglu_inputs(*sizes, rest=9, layout=layout, dtype=dtype, device=device)
+    check_op(on("triton", grouped_swiglu), on("reference", grouped_swiglu), tensors, grads=("x", "gate_up", "down"))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_feed_forwards_leave_out_rows_of_no_group_and_never_read_scratch_or_margins(device, bad):
+    tensors = swiglu_inputs((5, 0, 9), 8, 6, 7, rest=4, device=device)
+    tensors["x"][14:] = bad
+    grad = torch.ones(18, 7, device=device)
+    grad[14:] = bad
+
+    def everything(tensors):
+        leaves = [tensors[name].detach().requires_grad_() for name in ("x", "gate_up", "down")]
+        with use_backend("triton"):
+            out = grouped_swiglu(*leaves, tensors["offsets"])
+            return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    plain = everything(tensors)
+    with poisoned_scratch():
+        guarded = everything({name: with_margin(t) for name, t in tensors.items()})
+    assert all(a.equal(b) for a, b in zip(plain, guarded, strict=True))
+    out, dx, dgate_up, ddown = plain
+    assert out[14:].eq(0).all()
+    assert dx[14:].eq(0).all()
+    assert all(x.isfinite().all() for x in plain)
+    assert dgate_up[1].eq(0).all()
+    assert ddown[1].eq(0).all()
+
+
 CASES = [{}, {"top_k": 2, "capacity": 15}, {"top_k": 2, "capacity": 8, "recycle": False}]
 
 
@@ -247,3 +304,5 @@ def test_they_are_torch_ops(device):
     arguments = (x, weight, routing.row, routing.dropped, "triton")
     torch.library.opcheck(torch.ops.tenfold.unpermute_tokens, arguments)
     torch.library.opcheck(torch.ops.tenfold.grouped_matmul, (x, up, routing.offsets, "triton"))
+    feed_forward = (x, up, torch.randn(4, 5, 6, device=device, requires_grad=True), routing.offsets, True, "triton")
+    torch.library.opcheck(torch.ops.tenfold.grouped_swiglu, feed_forward)

@@ -1,7 +1,8 @@
-"""Mixture of experts: routing with recycling, the permutation of tokens to their experts, grouped products."""
+"""Mixture of experts: routing with recycling, tokens to their experts and back, products and feed-forwards."""
 
 from .matmul import grouped_matmul
 from .permutation import permute_tokens, unpermute_tokens
 from .routing import Routing, route_tokens
+from .swiglu import grouped_swiglu
 
-__all__ = ["Routing", "grouped_matmul", "permute_tokens", "route_tokens", "unpermute_tokens"]
+__all__ = ["Routing", "grouped_matmul", "grouped_swiglu", "permute_tokens", "route_tokens", "unpermute_tokens"]

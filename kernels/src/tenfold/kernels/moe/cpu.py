@@ -1,11 +1,15 @@
 """Permutation and grouped products on the CPU: one product of a matrix library per group.
 
 Large float32 products go to oneDNN, which compiles a kernel for every shape that it meets and keeps a thousand: so
-the number of rows is rounded up, to 8 numbers between a power of 2 and the next. Half-precision products are
-computed in float32: bfloat16 matrix products are far slower on most CPUs.
+the number of rows is rounded up, to a multiple of 16 and at most 8 numbers between a power of 2 and the next.
+Half-precision products are computed in float32: bfloat16 matrix products are far slower on most CPUs.
+
+A whole feed-forward goes through one group after the other, so that what lies between its products stays in the
+cache, and transposed, W xᵀ: oneDNN rearranges its second operand before it multiplies, and a few dozen rows are
+rearranged sooner than a weight.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -60,8 +64,8 @@ def unpermute_backward(grad: Tensor, y: Tensor, weight: Tensor, row: Tensor, dro
 def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """A product per group, zeros after the last."""
     out = x.new_empty(len(x), weight.shape[2])
-    for e, a, b in _groups(offsets, out):
-        _multiply_rows(x, weight[e], out, a, b)
+    for e, a, b in _groups(offsets, rows=[out]):
+        out[a:b] = _rows(x, a, b, weight[e])
     return out
 
 
@@ -72,63 +76,114 @@ def grouped_matmul_backward(
     grad = grad.contiguous()
     dx = x.new_empty(x.shape) if needed[0] else None
     dweight = torch.empty_like(weight) if needed[1] else None  # in weight's own layout
-    for e, a, b in _groups(offsets, dx, dweight):
+    for e, a, b in _groups(offsets, rows=[dx], weights=[dweight]):
         if needed[0]:
-            _multiply_rows(grad, weight[e].t(), dx, a, b)
+            dx[a:b] = _rows(grad, a, b, weight[e].t())
         if needed[1]:
-            _multiply_over_rows(x, grad, dweight[e], a, b)
+            _over_rows(x[a:b], grad[a:b], dweight[e])
     return dx, dweight
 
 
-def _groups(offsets: Tensor, rows: Tensor | None, weights: Tensor | None = None) -> Iterator[tuple[int, int, int]]:
+@torch.autocast("cpu", enabled=False)  # the op has cast its inputs; what lies between stays in float32
+def grouped_swiglu(
+    x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A feed-forward per group, zeros after the last; and, to `keep`, what its activation was applied to."""
+    out = x.new_empty(len(x), down.shape[1])
+    hidden = x.new_empty(len(x), gate_up.shape[1]) if keep else None
+    for e, a, b in _groups(offsets, rows=[out, hidden]):
+        window, group = _window(len(x), a, b)
+        multiply = onednn.linear if _suits_onednn(x, down[e], b - a) else F.linear
+        both = multiply(_wide(gate_up[e]), _wide(x[window]))
+        gate, up = both.chunk(2)
+        out[a:b] = multiply(_wide(down[e]), F.silu(gate).mul_(up).t()).t()[group]
+        if keep:
+            hidden[a:b] = both.t()[group]
+    return out, hidden
+
+
+@torch.autocast("cpu", enabled=False)  # the op has cast its inputs; what lies between stays in float32
+def grouped_swiglu_backward(
+    grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, hidden: Tensor, needed: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, gate_up and down."""
+    grad = grad.contiguous()
+    dx = x.new_empty(x.shape) if needed[0] else None
+    dgate_up = torch.empty_like(gate_up) if needed[1] else None
+    ddown = torch.empty_like(down) if needed[2] else None
+    for e, a, b in _groups(offsets, rows=[dx], weights=[dgate_up, ddown]):
+        act, dhidden = swiglu_backward(_rows(grad, a, b, down[e]), hidden[a:b])
+        if needed[0]:
+            dx[a:b] = _rows(dhidden, 0, b - a, gate_up[e])
+        if needed[1]:
+            _over_rows(dhidden, x[a:b], dgate_up[e])
+        if needed[2]:
+            _over_rows(grad[a:b], act, ddown[e])
+    return dx, dgate_up, ddown
+
+
+def swiglu_backward(dact: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(gate)·up, for the weight's gradient, and the gradient of [gate, up], computed in dact's dtype."""
+    gate, up = hidden.to(dact.dtype).chunk(2, -1)
+    share = gate.sigmoid()
+    silu = gate * share
+    dgate = dact * up * share * (1 + gate - silu)
+    return silu * up, torch.cat([dgate, dact * silu], -1)
+
+
+def _groups(
+    offsets: Tensor, *, rows: Sequence[Tensor | None], weights: Sequence[Tensor | None] = ()
+) -> Iterator[tuple[int, int, int]]:
     """Each group that has rows: its number, first row and end. What belongs to no row becomes 0."""
     bounds = offsets.tolist()
-    if rows is not None:
-        require_bounds(bounds, len(rows))
-        rows[bounds[-1] :] = 0
+    for x in rows:
+        if x is not None:
+            require_bounds(bounds, len(x))
+            x[bounds[-1] :] = 0
     for e, (a, b) in enumerate(pairwise(bounds)):
         if a < b:
             yield e, a, b
-        elif weights is not None:
-            weights[e] = 0
+            continue
+        for weight in weights:
+            if weight is not None:
+                weight[e] = 0
 
 
-def _multiply_rows(x: Tensor, weight: Tensor, out: Tensor, a: int, b: int) -> None:
-    """`out[a:b] = x[a:b] @ weight`."""
+def _rows(x: Tensor, a: int, b: int, weight: Tensor) -> Tensor:
+    """`x[a:b] @ weight`, in float32 at least."""
     if not _suits_onednn(x, weight, b - a):
-        _multiply(x[a:b], weight, out[a:b])
-        return
-    rows = min(_rounded(b - a), len(x))
-    first = min(a, len(x) - rows)  # the rows of a neighbour that come along are thrown away
-    out[a:b] = onednn.linear(_wide(x[first : first + rows]), _wide(weight).t())[a - first : b - first]
+        return _wide(x[a:b]) @ _wide(weight)
+    window, group = _window(len(x), a, b)
+    return onednn.linear(_wide(x[window]), _wide(weight).t())[group]
 
 
-def _multiply_over_rows(x: Tensor, grad: Tensor, out: Tensor, a: int, b: int) -> None:
-    """`out = x[a:b]ᵀ @ grad[a:b]`."""
+def _over_rows(x: Tensor, grad: Tensor, out: Tensor) -> None:
+    """`out = xᵀ @ grad`."""
     if out.stride(0) == 1 and out.stride(1) != 1:  # by columns: the transposed product, by rows
         x, grad, out = grad, x, out.t()
-    x, grad = x[a:b], grad[a:b]
-    if not _suits_onednn(x, out, b - a):
-        _multiply(x.t(), grad, out)
+    if not _suits_onednn(x, out, len(x)):
+        out.copy_(_wide(x).t() @ _wide(grad))
         return
-    filling = (0, 0, 0, _rounded(b - a) - (b - a))
+    filling = (0, 0, 0, _rounded(len(x)) - len(x))
     out.copy_(onednn.linear(F.pad(_wide(x), filling).t(), F.pad(_wide(grad), filling).t()))
 
 
+def _window(length: int, a: int, b: int) -> tuple[slice, slice]:
+    """A rounded number of rows that hold the rows a…b-1, where there are so many, and these within it.
+
+    What comes of the neighbours' rows is thrown away.
+    """
+    rows = min(_rounded(b - a), length)
+    first = min(a, length - rows)
+    return slice(first, first + rows), slice(a - first, b - first)
+
+
 def _rounded(rows: int) -> int:
-    step = max(8, (1 << rows.bit_length()) // 16)
+    step = max(16, (1 << rows.bit_length()) // 16)
     return -(-rows // step) * step
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if a.dtype in (torch.float32, torch.float64):
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a.float() @ b.float())
-
-
 def _suits_onednn(x: Tensor, weight: Tensor, rows: int) -> bool:
-    """Half-precision products are computed in float32."""
     return rows * weight.numel() >= LARGE and onednn.available(torch.promote_types(x.dtype, torch.float32))
 
 

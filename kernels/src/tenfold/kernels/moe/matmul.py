@@ -97,21 +97,31 @@ def _differentiate(ctx, grad):
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _check(x: Tensor, weight: Tensor, offsets: Tensor) -> None:
-    for name, tensor in (("x", x), ("weight", weight)):
+def check_grouped(x: Tensor, offsets: Tensor, **weights: Tensor) -> None:
+    """That x is rows, and that the dtypes and devices of offsets and weights, by name, go with it."""
+    for name, tensor in {"x": x, **weights}.items():
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{name}: dtype {tensor.dtype} is not supported; accepted: {', '.join(map(str, _DTYPES))}")
-    if weight.dtype != x.dtype:
-        raise TypeError(f"weight: dtype {weight.dtype} differs from x's {x.dtype}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: dtype {tensor.dtype} differs from x's {x.dtype}")
     if offsets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"offsets: expected int64 or int32, got {offsets.dtype}")
-    for name, tensor in (("weight", weight), ("offsets", offsets)):
+    for name, tensor in {**weights, "offsets": offsets}.items():
         if tensor.device != x.device:
             raise ValueError(f"{name}: is on {tensor.device}, x on {x.device}")
     if x.dim() != 2:
         raise ValueError(f"x: expected (rows, dim), got shape {tuple(x.shape)}")
+
+
+def check_offsets(offsets: Tensor, name: str, weight: Tensor) -> None:
+    """That there is one more than the weight has matrices."""
+    if offsets.shape != (len(weight) + 1,):
+        raise ValueError(f"offsets: expected ({len(weight) + 1},) to go with {name}, got shape {tuple(offsets.shape)}")
+
+
+def _check(x: Tensor, weight: Tensor, offsets: Tensor) -> None:
+    check_grouped(x, offsets, weight=weight)
     if weight.dim() != 3 or weight.shape[1] != x.shape[1] or 0 in weight.shape:
         expected = f"(experts, {x.shape[1]}, dim)"
         raise ValueError(f"weight: expected {expected} to go with x, got shape {tuple(weight.shape)}")
-    if offsets.shape != (len(weight) + 1,):
-        raise ValueError(f"offsets: expected ({len(weight) + 1},) to go with weight, got shape {tuple(offsets.shape)}")
+    check_offsets(offsets, "weight", weight)

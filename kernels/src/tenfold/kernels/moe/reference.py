@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 ROUNDS = 24  # of the shuffle; a place stays where it is in all of them with probability 2⁻²⁴
 
@@ -71,6 +72,12 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     require_bounds(bounds, len(x))
     products = [x[a:b] @ w for a, b, w in zip(bounds[:-1], bounds[1:], weight, strict=True)]
     return torch.cat([*products, x.new_zeros(len(x) - bounds[-1], weight.shape[2])])
+
+
+def grouped_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor) -> Tensor:
+    """A feed-forward per group, zeros after the last."""
+    gate, up = grouped_matmul(x, gate_up.transpose(1, 2), offsets).chunk(2, -1)
+    return grouped_matmul(F.silu(gate) * up, down.transpose(1, 2), offsets)
 
 
 def require_bounds(bounds: list[int], rows: int) -> None:

@@ -8,6 +8,9 @@ read from memory once, and an expert's weight stays in the L2 cache for the tile
 gradient has a program per tile of an expert's matrix, which passes over the group's rows: every sum has one
 owner, nothing is atomic, and results repeat bit for bit.
 
+A feed-forward is two such launches. A program of the first has a tile of the gate and the same columns of up, and
+writes their activation: of a row I numbers, in place of writing 2·I, reading them and writing I.
+
 The floor: 2·P·K·N floating-point operations for each of the three products, at 989e12/s for bfloat16 on an
 H100, against one read of x and of each weight; below about 300 rows per expert, reading the weights at
 3.35e12 bytes/s takes longer than multiplying. Permuting moves 2·P·H elements.
@@ -67,13 +70,34 @@ def grouped_matmul_backward(
     if needed[0]:
         dx = _multiply_groups(_float(grad), _float(weight).transpose(1, 2), offsets).to(x.dtype)
     if needed[1]:
-        result = torch.empty_like(weight, dtype=_float(x).dtype)  # in weight's own layout
-        if result.stride(1) == 1 and result.stride(2) != 1:  # by columns: the transposed product, by rows
-            _multiply_over_rows(grad, x, offsets, result.transpose(1, 2))
-        else:
-            _multiply_over_rows(x, grad, offsets, result)
-        dweight = result.to(weight.dtype)
+        dweight = _over_rows(_float(x), _float(grad), offsets, weight)
     return dx, dweight
+
+
+def grouped_swiglu(
+    x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A feed-forward per group, zeros after the last; and, to `keep`, what its activation was applied to."""
+    wide = _float(x)
+    hidden = torch.empty(len(x), gate_up.shape[1], dtype=wide.dtype, device=x.device) if keep else None
+    act = _multiply_groups(wide, _float(gate_up).transpose(1, 2), offsets, swiglu=True, hidden=hidden)
+    out = _multiply_groups(act, _float(down).transpose(1, 2), offsets)
+    return out.to(x.dtype), None if hidden is None else hidden.to(x.dtype)
+
+
+def grouped_swiglu_backward(
+    grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, hidden: Tensor, needed: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, gate_up and down."""
+    dact, hidden = _multiply_groups(_float(grad), _float(down), offsets), _float(hidden).contiguous()
+    act, dhidden = dact, torch.empty_like(hidden)  # the one is written where the other was read
+    if dact.numel():
+        with torch.cuda.device_of(x):
+            _swiglu_backward_kernel[(len(x),)](hidden, dact, act, dhidden, INNER=dact.shape[1], **_vector(dact))
+    dx = _multiply_groups(dhidden, _float(gate_up), offsets).to(x.dtype) if needed[0] else None
+    dgate_up = _over_rows(dhidden, _float(x), offsets, gate_up) if needed[1] else None
+    ddown = _over_rows(_float(grad), act, offsets, down) if needed[2] else None
+    return dx, dgate_up, ddown
 
 
 def tiles(dtype: torch.dtype, architecture: str, rows: int) -> tuple[int, int, int, int, int]:
@@ -90,18 +114,25 @@ def tiles(dtype: torch.dtype, architecture: str, rows: int) -> tuple[int, int, i
     return (height, 64 if small else 128, 32, warps, 2 if architecture.startswith("sm_12") else stages)
 
 
-def _multiply_groups(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _multiply_groups(
+    x: Tensor, weight: Tensor, offsets: Tensor, *, swiglu: bool = False, hidden: Tensor | None = None
+) -> Tensor:
+    """`x[r] @ weight[e]`; with `swiglu`, silu(gate)·up of its two halves, which go to `hidden` if there is one."""
     x, offsets = x.contiguous(), offsets.contiguous()
     if 1 not in weight.stride()[1:]:
         weight = weight.contiguous()
     (P, K), (E, _, N) = x.shape, weight.shape
-    out = torch.empty(P, N, dtype=x.dtype, device=x.device)
     rows, columns, depth, warps, stages = tiles(x.dtype, architecture(x), triton.cdiv(P, E))
+    if swiglu:
+        N, columns = N // 2, columns // 2  # of each half
+    out = torch.empty(P, N, dtype=x.dtype, device=x.device)
     blocks = (P // rows + E + 1) * triton.cdiv(N, columns)
     if P:
         with torch.cuda.device_of(x):
             _matmul_kernel[(blocks,)](
-                *(x, weight, offsets, out, P, *weight.stride()),
+                *(x, weight, offsets, out, hidden, P, *weight.stride()),
+                SWIGLU=swiglu,
+                KEEP=hidden is not None,
                 PRECISION=_precision(),
                 E=E,
                 K=K,
@@ -116,9 +147,12 @@ def _multiply_groups(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-def _multiply_over_rows(x: Tensor, grad: Tensor, offsets: Tensor, out: Tensor) -> None:
-    """`out[e] = xᵀ grad` over the rows of each group."""
-    x, grad, offsets = _float(x).contiguous(), _float(grad).contiguous(), offsets.contiguous()
+def _over_rows(x: Tensor, grad: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    """`xᵀ grad` over the rows of each group: the gradient of `weight`, in its dtype and layout."""
+    result = torch.empty_like(weight, dtype=x.dtype)
+    out, x, grad, offsets = result, x.contiguous(), grad.contiguous(), offsets.contiguous()
+    if out.stride(1) == 1 and out.stride(2) != 1:  # by columns: the transposed product, by rows
+        x, grad, out = grad, x, out.transpose(1, 2)
     E, K, N = out.shape
     rows, columns, depth, warps, stages = tiles(x.dtype, architecture(x), 128)
     with torch.cuda.device_of(x):
@@ -133,6 +167,7 @@ def _multiply_over_rows(x: Tensor, grad: Tensor, offsets: Tensor, out: Tensor) -
             num_warps=warps,
             num_stages=stages,
         )
+    return result.to(weight.dtype)
 
 
 def _gather(y: Tensor, weight: Tensor | None, row: Tensor, dropped: Tensor | None) -> Tensor:
@@ -225,9 +260,10 @@ def _unpermute_backward_kernel(
 
 @triton.jit
 def _matmul_kernel(
-    x_ptr, weight_ptr, offsets_ptr, out_ptr,
+    x_ptr, weight_ptr, offsets_ptr, out_ptr, hidden_ptr,
     P, stride_e, stride_k, stride_n,
-    PRECISION: tl.constexpr, E: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+    SWIGLU: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = tl.cdiv(N, BLOCK_N)
@@ -247,6 +283,8 @@ def _matmul_kernel(
     columns = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if SWIGLU:  # acc is the gate's
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if group < E:
         # Rows past the last read the last again: no mask is needed.
         x_ptrs = x_ptr + tl.minimum(rows, last).to(tl.int64)[:, None] * K
@@ -257,14 +295,46 @@ def _matmul_kernel(
                 x = tl.load(x_ptrs + depth[None, :])
             else:
                 x = tl.load(x_ptrs + depth[None, :], mask=depth[None, :] < K, other=0.0)
-            if K % BLOCK_K == 0 and N % BLOCK_N == 0:
-                w = tl.load(weight_ptrs + depth[:, None] * stride_k)
-            else:
-                inside = (depth < K)[:, None] & (columns < N)[None, :]
-                w = tl.load(weight_ptrs + depth[:, None] * stride_k, mask=inside, other=0.0)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    pointers = out_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=(rows <= last)[:, None] & (columns < N)[None, :])
+            inside = (depth < K)[:, None] & (columns < N)[None, :]
+            whole: tl.constexpr = K % BLOCK_K == 0 and N % BLOCK_N == 0
+            w_ptrs = weight_ptrs + depth[:, None] * stride_k
+            acc = tl.dot(x, _weights(w_ptrs, inside, whole), acc, input_precision=PRECISION)
+            if SWIGLU:
+                up = tl.dot(x, _weights(w_ptrs + N * stride_n, inside, whole), up, input_precision=PRECISION)
+    inside = (rows <= last)[:, None] & (columns < N)[None, :]
+    places = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    if KEEP:
+        hidden_ptrs = hidden_ptr + places + rows.to(tl.int64)[:, None] * N
+        tl.store(hidden_ptrs, acc.to(hidden_ptr.dtype.element_ty), mask=inside)
+        tl.store(hidden_ptrs + N, up.to(hidden_ptr.dtype.element_ty), mask=inside)
+    if SWIGLU:
+        acc *= tl.sigmoid(acc) * up
+    tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weights(pointers, inside, WHOLE: tl.constexpr):
+    """A tile of a weight; of whole tiles no mask is needed."""
+    return tl.load(pointers) if WHOLE else tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def _swiglu_backward_kernel(hidden_ptr, dact_ptr, act_ptr, dhidden_ptr, INNER: tl.constexpr, BLOCK: tl.constexpr):
+    """silu(gate)·up again, and the gradients of gate and up, of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    for start in range(0, INNER, BLOCK):
+        lanes = start + tl.arange(0, BLOCK)
+        inside = lanes < INNER
+        gate = tl.load(hidden_ptr + row * 2 * INNER + lanes, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(hidden_ptr + row * 2 * INNER + INNER + lanes, mask=inside, other=0.0).to(tl.float32)
+        dact = tl.load(dact_ptr + row * INNER + lanes, mask=inside, other=0.0).to(tl.float32)
+        share = tl.sigmoid(gate)
+        silu = gate * share
+        dgate, dup = dact * up * share * (1 + gate - silu), dact * silu
+        tl.store(act_ptr + row * INNER + lanes, (silu * up).to(act_ptr.dtype.element_ty), mask=inside)
+        element = dhidden_ptr.dtype.element_ty
+        tl.store(dhidden_ptr + row * 2 * INNER + lanes, dgate.to(element), mask=inside)
+        tl.store(dhidden_ptr + row * 2 * INNER + INNER + lanes, dup.to(element), mask=inside)
 
 
 @triton.jit

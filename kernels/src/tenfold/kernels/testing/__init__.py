@@ -10,6 +10,7 @@ from .inputs import (
     lay_out,
     logprob_inputs,
     routing_logits,
+    swiglu_inputs,
     with_margin,
 )
 from .memory import peak_memory
@@ -34,5 +35,6 @@ __all__ = [
     "recorded_launches",
     "routing_logits",
     "shared_limit",
+    "swiglu_inputs",
     "with_margin",
 ]

@@ -162,6 +162,26 @@ def grouped_inputs(
     }
 
 
+def swiglu_inputs(
+    sizes: Sequence[int] = (5, 0, 17, 1),
+    dim: int = 24,
+    inner: int = 20,
+    out: int = 16,
+    *,
+    rest: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    layout: Layout = "contiguous",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """`x`, `gate_up`, `down`, `offsets` for `grouped_swiglu`, groups of the given sizes and `rest` rows after them."""
+    options = {"dtype": dtype, "device": device, "layout": layout}
+    first = grouped_inputs(sizes, dim, 2 * inner, rest=rest, seed=seed, **options)
+    second = grouped_inputs(sizes, inner, out, seed=seed + 1, **options)
+    up, down = (lay_out(inputs["weight"].transpose(1, 2), layout) for inputs in (first, second))
+    return {"x": first["x"], "gate_up": up, "down": down, "offsets": first["offsets"]}
+
+
 def routing_logits(
     tokens: int = 37,
     experts: int = 8,

@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from tenfold.kernels import Routing, grouped_matmul, permute_tokens, unpermute_tokens
+from tenfold.kernels import Routing, grouped_matmul, grouped_swiglu, permute_tokens, unpermute_tokens
 
 
 def register_experts(name: str = "tenfold") -> None:
@@ -26,6 +27,30 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     """
     routing = chosen_routing(top_k_index, top_k_weights, self.num_experts)
     rows, offsets = permute_tokens(hidden_states, routing)
+    if _is_swiglu(self):
+        weights = self.gate_up_proj, self.down_proj
+        gate_up, down = (weight.transpose(1, 2) if self.is_transposed else weight for weight in weights)
+        rows = grouped_swiglu(rows.to(down.dtype), gate_up, down, offsets)
+    else:
+        rows = _feed_forward(self, rows, routing, top_k_index)
+    if self.has_post_expert_norm:
+        rows = self.post_expert_norm(rows)
+    return unpermute_tokens(rows, routing).to(hidden_states.dtype)
+
+
+def _is_swiglu(experts: nn.Module) -> bool:
+    """Whether these experts are what `grouped_swiglu` computes: SwiGLU without biases."""
+    return (
+        experts.has_gate
+        and experts.is_concatenated
+        and not experts.has_bias
+        and type(experts)._apply_gate is _default_apply_gate
+        and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
+    )
+
+
+def _feed_forward(self: nn.Module, rows: Tensor, routing: Routing, top_k_index: Tensor) -> Tensor:
+    """Any other experts, in two grouped products."""
     expert = None
     if self.has_bias:
         expert = rows.new_empty(len(rows), dtype=torch.int64)
@@ -33,17 +58,16 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
     def multiply(x: Tensor, name: str) -> Tensor:
         weight = getattr(self, name)
-        x = grouped_matmul(x.to(weight.dtype), weight if self.is_transposed else weight.transpose(1, 2), offsets)
+        x = grouped_matmul(
+            x.to(weight.dtype), weight if self.is_transposed else weight.transpose(1, 2), routing.offsets
+        )
         return x if expert is None else x + getattr(self, f"{name}_bias")[expert]
 
     if self.has_gate:
         rows = self._apply_gate(multiply(rows, "gate_up_proj"))
     else:
         rows = self.act_fn(multiply(rows, "up_proj"))
-    rows = multiply(rows, "down_proj")
-    if self.has_post_expert_norm:
-        rows = self.post_expert_norm(rows)
-    return unpermute_tokens(rows, routing).to(hidden_states.dtype)
+    return multiply(rows, "down_proj")
 
 
 def chosen_routing(expert: Tensor, weight: Tensor, experts: int) -> Routing:

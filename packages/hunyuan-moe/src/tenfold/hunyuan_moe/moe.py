@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tenfold.kernels import Routing, grouped_matmul, permute_tokens, route_tokens, unpermute_tokens
+from tenfold.kernels import Routing, grouped_swiglu, permute_tokens, route_tokens, unpermute_tokens
 
 from .config import check_routing
 
@@ -75,7 +75,7 @@ class RecycleRouter(nn.Module):
 
 
 class Experts(nn.Module):
-    """SwiGLU feed-forwards of one size, computed in two grouped products; the weights lie as in transformers.
+    """SwiGLU feed-forwards of one size, computed together; the weights lie as in transformers.
 
     Args:
         dim: width of the tokens.
@@ -97,8 +97,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Tokens `(T, dim)` through the experts that `routing` names, weighted and added up."""
         rows, offsets = permute_tokens(x, routing)
-        gate, up = grouped_matmul(rows, self.gate_up_proj.transpose(1, 2), offsets).chunk(2, dim=-1)
-        return unpermute_tokens(grouped_matmul(F.silu(gate) * up, self.down_proj.transpose(1, 2), offsets), routing)
+        return unpermute_tokens(grouped_swiglu(rows, self.gate_up_proj, self.down_proj, offsets), routing)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
