@@ -23,7 +23,7 @@ def isoflop_figure(fit: IsoFlopFit, *, ylabel: str = "loss") -> Figure:
         curves.plot(x, curve(x), color=color, lw=1)
         curves.plot(curve.best, curve.least, "x", color=color)
         _label(curves, f"{curve.compute:.2g}".replace("e+", "e"), curve.best, curve.least, -14, color)
-    curves.margins(y=0.12)
+    curves.margins(y=0.18)  # room for the lowest label
     curves.set(xscale="log", xlabel="activated parameters", ylabel=ylabel)
     _plain_ticks(curves.xaxis)
     compute = np.array([c.compute for c in fit.curves])
