@@ -199,7 +199,7 @@ def scaling_law(run: Run) -> list[Claim]:
         "models this narrow, costs no operation, and grows with the width alone. With it, N_opt has the exponent "
         f"{t_interval([f.params_exponent.value for f in whole])}. C counts the products of these models, not "
         "9.59·N·D + 2.3e8·D. The learning rate is 0.48/width for every budget. This rule, the widths and the "
-        "budgets come from a pilot on another seed. The paper fitted models of 10M to 1B parameters on budgets from 5e18."
+        "budgets come from a pilot on another seed. The paper's models had 10M to 1B, its budgets from 5e18."
     )
     table = [
         {

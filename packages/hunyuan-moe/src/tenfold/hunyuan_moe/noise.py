@@ -38,8 +38,8 @@ def noise_batch(
 
         B_simple = tr(Σ) / |G|²
 
-    G is the expected gradient and Σ the covariance of one item's (arXiv 1812.06162, section 2.2). With the gradients g_i
-    of n batches of b items and their mean ḡ, both are estimated without bias (appendix A.1, b and n·b items):
+    G is the expected gradient and Σ the covariance of one item's (arXiv 1812.06162, section 2.2). With the gradients
+    g_i of n batches of b items and their mean ḡ, both are estimated without bias (appendix A.1, b and n·b items):
 
         |G|² ≈ (n·|ḡ|² - mean|g_i|²) / (n - 1),    tr(Σ) ≈ b·n/(n - 1) · (mean|g_i|² - |ḡ|²)
 
