@@ -34,7 +34,8 @@ def test_a_diverged_training_is_told_and_not_scored(toy):
     assert isoflop_run(dim=8, compute=2e8, lr=1e30, seed=0)["loss"] is None
 
 
-def test_measuring_the_noise_changes_no_training(toy):
+def test_measuring_the_noise_changes_no_training(toy, monkeypatch):
+    monkeypatch.setattr("tenfold.hunyuan_moe.experiments._NoiseLog.WINDOWS", 32)
     settings = {"size": "toy", "arm": "uniform rate", "steps": 4, "lr": 1e-3, "seed": 0}
     found = language_model(**settings, noise=True)
     assert language_model(**settings).items() <= found.items()
