@@ -140,7 +140,8 @@ def expert_learning_rate(run: Run) -> list[Claim]:
             f"of the noise batch. Here, with one rate, the {batch} sequences of a batch are "
             f"{t_interval(shares['middle'])} of the simple noise batch in the middle of training and "
             f"{t_interval(shares['end'])} at its end: for "
-            f"{experts} experts the formula asks for a ratio of {asked['middle']:.2f} and {asked['end']:.2f}. Its own "
+            f"{experts} experts the formula asks for a ratio of {asked['middle']:.2f} and {asked['end']:.2f}, "
+            f"and for no batch for less than {experts**-0.5:.2f}. Its own "
             "noise batch is Adam's, another number of the same kind.",
             table=[
                 {
