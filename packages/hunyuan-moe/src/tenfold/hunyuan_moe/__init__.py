@@ -3,20 +3,24 @@
 from .budget import cache_bytes_per_token, count_parameters
 from .config import HunyuanLargeConfig
 from .experts import register_experts
+from .flops import Flops, flops_per_token
 from .learning_rates import batch_at_ratio, expert_lr_ratio, expert_parameter_groups, optimal_lr, three_phase
 from .model import HunyuanLargeForCausalLM, HunyuanLargeModel, register
 from .module import HunyuanLarge
 from .moe import Experts, MoELayer, RecycleRouter, RoutingStatistics
+from .noise import NoiseBatch, noise_batch
 from .rope import extend_context, rope_base
 from .scaling import fit_isoflops, minimal_compute, training_flops
 
 __all__ = [
     "Experts",
+    "Flops",
     "HunyuanLarge",
     "HunyuanLargeConfig",
     "HunyuanLargeForCausalLM",
     "HunyuanLargeModel",
     "MoELayer",
+    "NoiseBatch",
     "RecycleRouter",
     "RoutingStatistics",
     "batch_at_ratio",
@@ -26,7 +30,9 @@ __all__ = [
     "expert_parameter_groups",
     "extend_context",
     "fit_isoflops",
+    "flops_per_token",
     "minimal_compute",
+    "noise_batch",
     "optimal_lr",
     "register",
     "register_experts",

@@ -20,7 +20,7 @@ def optimal_lr(batch: float, *, max_lr: float, noise_batch: float) -> float:
     Args:
         batch: B, in tokens or sequences.
         max_lr: ε_max.
-        noise_batch: B_noise, in the same unit; it grows as the loss falls.
+        noise_batch: B_noise, in the same unit; it grows as the loss falls. `noise_batch` estimates its like.
     """
     _positive(batch=batch, max_lr=max_lr, noise_batch=noise_batch)
     return 2 * max_lr / (math.sqrt(noise_batch / batch) + math.sqrt(batch / noise_batch))
@@ -35,7 +35,7 @@ def expert_lr_ratio(x: float, experts: int = 16) -> float:
     writes the inverse of this ratio, but says that the experts' rate is scaled down.
 
     Args:
-        x: the batch in units of the noise batch.
+        x: the batch in units of the noise batch, of which `noise_batch` gives the order of magnitude.
         experts: n; with top-k routing, experts / k.
     """
     _positive(x=x, experts=experts)

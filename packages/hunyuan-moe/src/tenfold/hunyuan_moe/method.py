@@ -13,6 +13,12 @@ METHOD = Method(
     module=LightningModule,
     datamodule=LightningDataModule,
     package="tenfold.hunyuan_moe",
-    claims=(claims.recycle_routing, claims.expert_learning_rate, claims.cache),
+    claims=(
+        claims.recycle_routing,
+        claims.expert_learning_rate,
+        claims.cache,
+        claims.schedule,
+        claims.scaling_law,
+    ),
     verbs={"scaling": verbs.scaling, "synthesize": verbs.synthesize},
 )

@@ -5,7 +5,7 @@ N is activated parameters, D tokens, C floating-point operations of a training:
     C = 9.59·N·D + 2.3e8·D,    C_min = C / (1 + B/B_crit),    N_opt = 5.9e-3·C_min^0.5305,    D_opt = 3.2·C_min^0.50
 
 The paper does not derive 9.59 and 2.3e8; they belong to its models and context length. For dense models with short
-contexts the usual 6·N·D takes their place.
+contexts the usual 6·N·D takes their place; `flops_per_token` counts it for a configuration of this package.
 """
 
 import csv
@@ -53,7 +53,7 @@ PAPERS_PARAMS, PAPERS_TOKENS = PowerLaw(5.9e-3, 0.5305), PowerLaw(3.2, 0.50)
 def training_flops(
     params: float, tokens: float, *, per_parameter: float = PER_PARAMETER, per_token: float = PER_TOKEN
 ) -> float:
-    """Operations of a training on `tokens` with `params` activated parameters."""
+    """Operations of a training on `tokens` with `params` activated parameters, by the paper's formula."""
     _positive(params=params, tokens=tokens)
     return (per_parameter * params + per_token) * tokens
 

@@ -2,18 +2,16 @@
 
 import hashlib
 import json
-from itertools import cycle
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from tenfold.core.claims.figures import SERIES, panels
 from tenfold.core.files import write_whole
 
+from .figures import isoflop_figure, short
 from .generators import Generate, LocalModel, Server
 from .scaling import (
     PAPERS_PARAMS,
@@ -62,7 +60,7 @@ def scaling(
             raise ValueError(f"plot: {plot.suffix or plot} is not a kind of figure; .svg, .png and .pdf are")
         fitted = fit_isoflops(runs, per_parameter=per_parameter, per_token=per_token)
         _print_fit(console, fitted)
-        _save(_figure(fitted), plot)
+        _save(isoflop_figure(fitted), plot)
         console.print(f"Figure: {plot}\n", soft_wrap=True)
     if params is not None:
         compute = training_flops(params, tokens, per_parameter=per_parameter, per_token=per_token)
@@ -173,14 +171,6 @@ def _refuse_other_settings(file: Path, settings: dict) -> None:
             raise ValueError(f"{changed[0]}: {file.parent} was begun with others; choose another output, or delete it")
 
 
-def short(x: float) -> str:
-    """`58.1B`, `5.64T`, `490K`."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if x >= size:
-            return f"{x / size:.3g}{unit}"
-    return f"{x:.3g}"
-
-
 def _print_fit(console: Console, fit: IsoFlopFit) -> None:
     table = Table("compute", "best params", "best tokens", "loss", "minimum")
     for n, d in zip(fit.curves, fit.token_curves, strict=True):
@@ -192,30 +182,6 @@ def _print_fit(console: Console, fit: IsoFlopFit) -> None:
         ("D_opt", fit.tokens, fit.tokens_exponent, PAPERS_TOKENS),
     ):
         console.print(f"{name} = {law.factor:.4g} * C^{exponent} (the paper's: {papers.factor} * C^{papers.exponent})")
-
-
-def _figure(fit: IsoFlopFit) -> Figure:
-    figure, (curves, laws) = panels("Loss at equal compute", "Minima")
-    for color, curve in zip(cycle(SERIES.values()), fit.curves, strict=False):
-        points = fit.runs[fit.runs[:, 0] == curve.compute]
-        x = np.geomspace(min(curve.low, curve.best), max(curve.high, curve.best), 50)
-        curves.plot(points[:, 1], points[:, 3], "o", color=color, ms=3)
-        curves.plot(x, curve(x), color=color, lw=1, label=f"{curve.compute:.2g}")
-        curves.plot(curve.best, curve.least, "x", color=color)
-    curves.set(xscale="log", xlabel="activated parameters", ylabel="loss")
-    curves.legend(title="operations", fontsize=6, title_fontsize=6)
-    compute = np.array([c.compute for c in fit.curves])
-    line = np.geomspace(compute.min(), compute.max(), 2)
-    for color, name, points, law, papers in (
-        (SERIES["blue"], "parameters", fit.curves, fit.params, PAPERS_PARAMS),
-        (SERIES["orange"], "tokens", fit.token_curves, fit.tokens, PAPERS_TOKENS),
-    ):
-        laws.plot(compute, [p.best for p in points], "o", color=color, ms=3, label=name)
-        laws.plot(line, law(line), color=color, lw=1)
-        laws.plot(line, papers(line), color=color, lw=1, ls=":")
-    laws.set(xscale="log", yscale="log", xlabel="operations", ylabel="optimum (dotted: the paper's)")
-    laws.legend(fontsize=6)
-    return figure
 
 
 def _save(figure: Figure, path: Path) -> None:
