@@ -15,6 +15,7 @@ from .decoding import decode_step_seconds, floors
 from .formats import Format
 from .ladder import rung
 from .module import CLLAModule
+from .recall import VOCABULARY, RecallData, RecallModule
 
 LENGTH = 128  # tokens of a training window
 SIZES = {  # parameters with a vocabulary of 1,024, as MHA: sizes, and the rows of a batch
@@ -58,6 +59,28 @@ def language_model(*, size: str, arm: str, steps: int, lr: float, seed: int) -> 
         config.cache_bits = config.rope_bits = 4
         result["bits_per_byte_rounded"] = _bits_per_byte(module, data)
         result["cache_bytes_rounded"] = measured_bytes(config, 128)
+    return result
+
+
+def associative_recall(*, arm: str, pairs: int, steps: int, lr: float, seed: int) -> dict[str, Any]:
+    """Train one rung to recall; the share of wrong answers, and the same after rounding to 4 bits, in %.
+
+    `wrong` is None for a run that diverged.
+    """
+    shape = dict(SIZES["0.42M"]) | {"layers": 4}
+    data = RecallData(pairs=pairs, batch_size=32, seed=seed)
+    del shape["batch"]
+    module = RecallModule(vocab_size=VOCABULARY, max_length=2 * pairs, **_settings(shape, arm, steps, lr))
+    try:
+        metrics = fit(module, data, steps=steps, seed=seed, clip=1.0)
+    except NonFiniteError:
+        return {"wrong": None}
+    result = {"wrong": 100 * (1 - metrics["val/accuracy"]), "cache_bytes": measured_bytes(module.lm.config, 128)}
+    config = module.lm.config
+    if config.cache_bits == 16:
+        config.cache_bits = config.rope_bits = 4
+        module.lm.eval()
+        result["wrong_rounded"] = 100 * (1 - module.accuracy(data.val_dataloader()))
     return result
 
 
@@ -107,16 +130,19 @@ def _filled(cache: CLLACache, config: CLLAConfig, tokens: int) -> CLLACache:
 def _module(size: str, arm: str, steps: int, lr: float, seed: int) -> tuple[CLLAModule, TextDataModule]:
     shape = dict(SIZES[size])
     data = TextDataModule(length=LENGTH, batch_size=shape.pop("batch"), vocab_size=1024, seed=seed)
-    module = CLLAModule(
-        vocab_size=1024,
-        max_length=LENGTH,
-        equal_parameters=True,
-        init_std=0.02 * (768 / shape["dim"]) ** 0.5,  # 0.02 is for a width of 768
-        lr=lr,
-        warmup_steps=max(1, steps // 10),
-        **{**shape, **ARMS[arm]},
-    )
-    return module, data
+    return CLLAModule(vocab_size=1024, max_length=LENGTH, **_settings(shape, arm, steps, lr)), data
+
+
+def _settings(shape: dict[str, Any], arm: str, steps: int, lr: float) -> dict[str, Any]:
+    """Of a module, beyond its vocabulary and length."""
+    return {
+        "equal_parameters": True,
+        "init_std": 0.02 * (768 / shape["dim"]) ** 0.5,  # 0.02 is for a width of 768
+        "lr": lr,
+        "warmup_steps": max(1, steps // 10),
+        **shape,
+        **ARMS[arm],
+    }
 
 
 @torch.no_grad()

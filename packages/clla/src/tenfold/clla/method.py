@@ -15,6 +15,6 @@ METHOD = Method(
     module=CLLAModule,
     datamodule=TextDataModule,
     package="tenfold.clla",
-    claims=(claims.ladder_loss, claims.cache_bytes, claims.latent_rounding, claims.decode_time),
+    claims=(claims.ladder_loss, claims.recall, claims.cache_bytes, claims.latent_rounding, claims.decode_time),
     verbs={"budget": budget, "convert": convert},
 )
