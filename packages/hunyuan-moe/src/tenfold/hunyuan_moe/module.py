@@ -1,18 +1,20 @@
 """Training a Hunyuan-Large language model with Lightning."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from tenfold.core.lm import CausalLM
 from tenfold.core.training import NonFiniteError
 
+from .checkpoint import read_weights
 from .config import HunyuanLargeConfig
 from .learning_rates import PAPERS_RATIO, expert_parameter_groups, three_phase
 from .model import HunyuanLargeForCausalLM
+from .sharding import fill, shard, sharding_mesh
 
 
 class HunyuanLarge(CausalLM):
@@ -37,6 +39,8 @@ class HunyuanLarge(CausalLM):
         anneal_share: of the steps, the last ones, over which the rate falls to `lr · min_lr_ratio`.
         decay_ratio: where the decay before it ends, relative to `lr`; not published.
         tie_embeddings: whether the head's weight is the embedding's.
+        weights: a folder in the released layout whose weights training begins with; each process reads its share.
+        shard_size: under `ModelParallelStrategy`, processes that share one copy of the weights; by default all of them.
         others: sizes and optimizer, as `CausalLM` takes them; `ffn` is an expert's inner width.
     """
 
@@ -57,6 +61,8 @@ class HunyuanLarge(CausalLM):
         anneal_share: float = 0.05,
         decay_ratio: float = 0.3,
         tie_embeddings: bool = True,
+        weights: str | None = None,
+        shard_size: int | None = None,
         **others,
     ) -> None:
         super().__init__(tie_embeddings=tie_embeddings, **others)
@@ -102,17 +108,23 @@ class HunyuanLarge(CausalLM):
     def configure_model(self) -> None:
         """Build the model, once, and listen for its balance loss.
 
-        Under Lightning's `ModelParallelStrategy`, shard each layer over the processes (FSDP2): of the experts, which
-        are stacked in one tensor, each process keeps its share.
+        Under Lightning's `ModelParallelStrategy`, each layer is sharded over the processes (FSDP2) before it has any
+        memory: a process only ever holds its share.
         """
-        if self.lm is None:
+        if self.lm is not None:
+            return
+        if self.device_mesh is None:
             super().configure_model()
-            self.lm.base_model.register_forward_hook(self._keep_balance)
-            if self.device_mesh is not None:
-                mesh = self.device_mesh["data_parallel"]
-                for layer in self.lm.base_model.layers:
-                    fully_shard(layer, mesh=mesh)
-                fully_shard(self, mesh=mesh)  # not `lm`: the head's weight is used outside of its forward
+        else:
+            mesh = sharding_mesh(self.device_mesh, self.hparams.shard_size)
+            with torch.device("meta"):
+                super().configure_model()
+            shard(self, self.lm.base_model.layers, mesh)  # not `lm`: the head's weight is used outside of its forward
+            strategy = self.trainer.strategy
+            fill(self, self.lm, mesh, device=strategy.root_device, seed=strategy.broadcast(torch.initial_seed()))
+        if self.hparams.weights is not None and not (self._trainer and self._trainer.ckpt_path):
+            read_weights(self.lm, Path(self.hparams.weights))
+        self.lm.base_model.register_forward_hook(self._keep_balance)
 
     def _keep_balance(self, model: torch.nn.Module, inputs: tuple, output) -> None:
         self._balance = output.balance_loss
