@@ -5,7 +5,10 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -216,6 +219,26 @@ def test_a_plain_checkpoint_through_auto_classes(tokens, tmp_path, monkeypatch):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "shared")
     assert type(again) is SharedQwen3
     assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_sharded_by_fsdp(checkpointing, tokens, tmp_path):
+    """Which looks into all containers that pass through its layers, and rebuilds them."""
+    one, sharded = (shared("qwen3", dtype=torch.float32).train() for _ in range(2))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        if checkpointing:
+            sharded.activation_checkpointing_enable()
+        policy = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=True)
+        for layer in sharded.model.layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+        for model in (one, sharded):
+            model(tokens, labels=tokens).loss.backward()
+        for (name, weight), other in zip(one.named_parameters(), sharded.parameters(), strict=True):
+            found = other.grad.full_tensor() if hasattr(other.grad, "full_tensor") else other.grad
+            torch.testing.assert_close(found, weight.grad, msg=name)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_mean_of_a_run():

@@ -62,7 +62,7 @@ class HunyuanLarge(CausalLM):
         anneal_share: of the steps, the last ones, over which the rate falls to `lr · min_lr_ratio`.
         decay_ratio: where the decay before it ends, relative to `lr`; not published.
         tie_embeddings: whether the head's weight is the embedding's.
-        weights: a folder in the released layout whose weights training begins with; each process reads its share.
+        weights: a folder in the released layout to begin with, of which each process reads its share.
         shard_size: under `ModelParallelStrategy`, processes that share one copy of the weights; by default all of them.
         others: sizes and optimizer, as `CausalLM` takes them; `ffn` is an expert's inner width.
     """
@@ -141,7 +141,7 @@ class HunyuanLarge(CausalLM):
             shard(self, self.lm.base_model.layers, mesh)  # not `lm`: the head's weight is used outside of its forward
             strategy = self.trainer.strategy
             fill(self, self.lm, mesh, device=strategy.root_device, seed=strategy.broadcast(torch.initial_seed()))
-        if self.hparams.weights is not None and not (self._trainer and self._trainer.ckpt_path):
+        if self.hparams.weights is not None:
             read_weights(self.lm, Path(self.hparams.weights))
         self.lm.base_model.register_forward_hook(self._keep_balance)
 
