@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import (
     AutoModelForCausalLM,
+    CLIPVisionConfig,
     DynamicCache,
     GemmaConfig,
     GemmaForCausalLM,
@@ -18,6 +19,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -183,7 +186,7 @@ def test_attention_functions(tokens):
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_compiles_in_one_graph(mode, tokens):
-    model = getattr(shared("qwen3", dtype=torch.float32), mode)()
+    model = getattr(shared("qwen3", dtype=torch.float32, num_hidden_layers=2), mode)()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
         compiled(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4
@@ -239,6 +242,27 @@ def test_layers_sharded_by_fsdp(checkpointing, tokens, tmp_path):
             torch.testing.assert_close(found, weight.grad, msg=name)
     finally:
         dist.destroy_process_group()
+
+
+@torch.no_grad()
+def test_inside_a_vision_language_model():
+    text = LlamaConfig(**SIZES)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=96, vision_feature_select_strategy="default"
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    count = model.num_parameters()
+    share_key_values(model)
+    assert count - model.num_parameters() == 2 * 2 * 32 * 16
+    assert model.config.text_config.cla_share_factor == 2
+    tokens, image = torch.tensor([[1, 96, 96, 96, 96, 5, 6, 7]]), torch.randn(1, 3, 8, 8)
+    expected = model(input_ids=tokens, pixel_values=image, use_cache=False).logits
+    cache = model(input_ids=tokens[:, :6], pixel_values=image, use_cache=True).past_key_values
+    assert [layer.keys is not None for layer in cache.layers] == [True, False, True, False]
+    torch.testing.assert_close(model(input_ids=tokens[:, 6:], past_key_values=cache).logits, expected[:, 6:])
 
 
 def test_the_mean_of_a_run():
