@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tenfold.hunyuan_moe
 from tenfold.hunyuan_moe import HunyuanLarge
-from tenfold.hunyuan_moe.sharding import shard, sharding_mesh
+from tenfold.hunyuan_moe.sharding import fill, shard, sharding_mesh
 
 CONFIGS = Path(tenfold.hunyuan_moe.__file__).parent / "configs"
 
@@ -142,6 +142,29 @@ def test_every_process_of_the_papers_run_has_a_fair_share(processes_of_the_paper
     held = sum(p.to_local().numel() for p in module.lm.parameters())
     assert held == pytest.approx(388_698_128_640 / 256, rel=0.01)
     assert 16 * held < 25e9
+
+
+def test_copies_begin_alike():
+    """Of four imagined processes, 0 and 2 hold the first half of the rows, 1 and 3 the second."""
+    found, before = [], torch.get_rng_state()
+    for rank in range(4):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+        try:
+            with torch.device("meta"):
+                module = HunyuanLarge(vocab_size=64, layers=2, dim=16, heads=2, ffn=8, experts=4)
+                module.configure_model()
+            processes = init_device_mesh("cpu", (4, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+            mesh = sharding_mesh(processes, 2)
+            shard(module, module.lm.base_model.layers, mesh)
+            fill(module, module.lm, mesh, device=torch.device("cpu"), seed=5)
+            found.append({name: p.to_local().clone() for name, p in module.lm.named_parameters()})
+        finally:
+            dist.destroy_process_group()
+    for name in found[0]:
+        assert torch.equal(found[0][name], found[2][name]), name
+        assert torch.equal(found[1][name], found[3][name]), name
+        assert torch.equal(found[0][name], found[1][name]) == ("norm" in name), name
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_what_cannot_be_sharded(processes_of_the_paper):
