@@ -21,7 +21,7 @@ STATE = "shared_key_values"
 def share_key_values(model: PreTrainedModel, factor: int = 2, *, init: str = "producer") -> PreTrainedModel:
     """Let each run of `factor` layers share the keys and values of its first one (CLA), and return the model.
 
-    It is changed in place. Its attention, its cache and its masks stay those of its family: `generate`, any
+    It is changed in place. Its attention, its cache and its masks stay those of its family: `generate`,
     `attn_implementation`, static caches and activation checkpointing go on working. What was learned with keys and
     values in every layer is damaged and has to be trained again.
 
@@ -118,15 +118,11 @@ class _Handover:
 
 def _begin(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Pass a place for the keys and values through the layers: of this forward pass, so that no two ever mix."""
-    if decoder.training:
-        for layer in decoder.modules():
-            function = getattr(layer, "_gradient_checkpointing_func", None)
-            if getattr(layer, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get(
-                "use_reentrant"
-            ):
-                raise ValueError(
-                    "use_reentrant: such checkpointing loses the gradients of shared keys and values, set it to False"
-                )
+    checkpointing = decoder.training and getattr(decoder, "gradient_checkpointing", False)
+    if checkpointing and getattr(decoder._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+        raise ValueError(
+            "use_reentrant: such checkpointing loses the gradients of shared keys and values, set it to False"
+        )
     return args, kwargs | {STATE: KVSharingDict()}
 
 
