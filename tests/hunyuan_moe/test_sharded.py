@@ -50,52 +50,50 @@ def two_processes(what, folder, text):
     return torch.load(folder / f"{what}.pt")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "numbers.txt"
-    file.write_text("\n\n".join(" ".join(str(i * j % 97) for j in range(60)) for i in range(60)))
-    return str(file)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, text):
-    """Where one process was, and then two with the same initial weights."""
-    folder = tmp_path_factory.mktemp("sharded")
+def test_two_processes(tmp_path, monkeypatch):
+    """One test for all that they do: their start takes longer than their work."""
+    monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "numbers.txt"
+    text.write_text("\n\n".join(" ".join(str(i * j % 97) for j in range(60)) for i in range(60)))
     script = runpy.run_path(str(SCRIPT))
-    with isolate_rng(), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TENFOLD_CACHE", str(folder / "cache"))
+    with isolate_rng():
         torch.manual_seed(3)
         for name in ("one", "odd"):
             options = script["OPTIONS"][name]
             module = HunyuanLarge(**script["SIZES"], **options)
             module.configure_model()
-            module.lm.save_pretrained(folder / str(options["experts"]))
-            module = script["train"](name, text, weights=folder / str(options["experts"]))
-            torch.save({n: p.detach() for n, p in module.lm.named_parameters()}, folder / f"{name}.pt")
-    two_processes("first", folder, text)
-    return folder
+            module.lm.save_pretrained(tmp_path / str(options["experts"]))
+            module = script["train"](name, str(text), weights=tmp_path / str(options["experts"]))
+            torch.save({n: p.detach() for n, p in module.lm.named_parameters()}, tmp_path / f"{name}.pt")
+        whole = HunyuanLarge(**script["SIZES"], **script["OPTIONS"]["begin"])
+        whole.configure_model()
+    first = two_processes("first", tmp_path, str(text))
+    check_that_two_are_one(first, tmp_path)
+    check_that_no_process_ever_held_the_model(whole.lm, tmp_path)
+    check_that_the_last_checkpoint_is_whole(tmp_path / "last")
+    resumed = two_processes("resumed", tmp_path, str(text))["resumed"]
+    # the places of recycled tokens included, which are random, and each process's own
+    assert all(torch.equal(resumed[name], weight) for name, weight in first["straight"].items())
 
 
-@pytest.mark.parametrize(
-    ("name", "same", "experts"),
-    [("one", "one", (2, 16, 16)), ("odd", "odd", (3, 8, 16)), ("copies", "odd", (3, 16, 16))],
-)
-def test_two_processes_are_one(folder, name, same, experts):
+def check_that_two_are_one(first, folder):
     """From weights in a folder; whole experts each, halves of an odd number of them, copies of all."""
-    two, shape = torch.load(folder / "first.pt")[name]
-    assert shape == experts
-    one = torch.load(folder / f"{same}.pt")
-    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
-    assert all(w.std() > 1e-4 for name, w in one.items() if "norm" in name)  # they began as ones
+    for name, same, experts in (
+        ("one", "one", (2, 16, 16)),
+        ("odd", "odd", (3, 8, 16)),
+        ("copies", "odd", (3, 16, 16)),
+    ):
+        two, shape = first[name]
+        assert shape == experts
+        one = torch.load(folder / f"{same}.pt")
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+        assert all(w.std() > 1e-4 for name, w in one.items() if "norm" in name)  # they began as ones
 
 
-def test_no_process_ever_holds_the_model(folder):
-    """Only shards get memory, and those begin as the whole model's weights do."""
+def check_that_no_process_ever_held_the_model(whole, folder):
+    """Only shards got memory, and those began as the whole model's weights do."""
     mine, others = (torch.load(folder / f"begin{rank}.pt") for rank in range(2))
-    config = runpy.run_path(str(SCRIPT))
-    model = HunyuanLarge(**config["SIZES"], **config["OPTIONS"]["begin"])
-    model.configure_model()
-    expected = dict(model.lm.named_parameters())
+    expected = dict(whole.named_parameters())
     assert mine["weights"].keys() == expected.keys()
     largest = max(p.numel() for p in expected.values())
     assert max(mine["largest"], others["largest"]) <= largest // 2 + 16
@@ -108,20 +106,13 @@ def test_no_process_ever_holds_the_model(folder):
             assert not torch.equal(mine["local"][name], others["local"][name]), name
         assert torch.equal(weight, others["weights"][name])
     assert mine["tied"]
-    torch.testing.assert_close(mine["frequencies"], model.lm.model.rotary_emb.inv_freq)
+    torch.testing.assert_close(mine["frequencies"], whole.model.rotary_emb.inv_freq)
 
 
-def test_resuming_gives_the_same_bits(folder, text):
-    """The places of recycled tokens included, which are random, and each process's own."""
-    straight = torch.load(folder / "first.pt")["straight"]
-    resumed = two_processes("resumed", folder, text)["resumed"]
-    assert all(torch.equal(resumed[name], weight) for name, weight in straight.items())
-
-
-def test_the_last_checkpoint_is_whole(folder):
+def check_that_the_last_checkpoint_is_whole(folder):
     """It was written after each update, beside the one before."""
-    assert [file.name for file in (folder / "last").iterdir()] == ["last.ckpt"]
-    assert torch.load(folder / "last" / "last.ckpt" / "meta.pt", weights_only=True)["global_step"] == 4
+    assert [file.name for file in folder.iterdir()] == ["last.ckpt"]
+    assert torch.load(folder / "last.ckpt" / "meta.pt", weights_only=True)["global_step"] == 4
 
 
 @pytest.fixture
