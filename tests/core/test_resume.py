@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,37 @@ def test_every_validation_leaves_a_checkpoint_to_go_on_from(toy, tmp_path, monke
     assert load_checkpoint(tmp_path / "crashed" / "last.ckpt")["global_step"] == 5
     monkeypatch.undo()
     assert_same(train(toy, tmp_path / "crashed", seed=7, resume=True, val_check_interval=5), whole)
+
+
+@pytest.mark.parametrize("before", ["folder", "file", "nothing"])
+def test_a_checkpoint_that_is_a_folder_is_replaced_when_it_is_whole(tmp_path, before):
+    """As sharding strategies write them: in the first attempt it breaks off after half of its files."""
+    last = LastCheckpoint(tmp_path)
+    if before == "file":
+        last.path.write_text("previous")
+    elif before == "folder":
+        last.path.mkdir()
+        (last.path / "a").write_text("previous")
+
+    def save(folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "a").write_text("new")
+        if not attempts:
+            attempts.append(1)
+            raise OSError("the disk is full")
+        (folder / "b").write_text("new")
+
+    attempts = []
+    strategy = SimpleNamespace(barrier=lambda: None)
+    trainer = SimpleNamespace(save_checkpoint=save, is_global_zero=True, strategy=strategy, global_step=1)
+    with pytest.raises(OSError, match="full"):
+        last._save(trainer)
+    if before != "nothing":
+        kept = last.path / "a" if before == "folder" else last.path
+        assert kept.read_text() == "previous"
+    last._save(trainer)
+    assert {file.name: file.read_text() for file in last.path.iterdir()} == {"a": "new", "b": "new"}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")

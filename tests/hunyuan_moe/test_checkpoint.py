@@ -1,13 +1,19 @@
 """Loading from the released checkpoint's layout: names and config.json as the released code and files have them."""
 
+import copy
 import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 from tenfold.hunyuan_moe import HunyuanLargeConfig, HunyuanLargeForCausalLM, register
+from tenfold.hunyuan_moe.checkpoint import read_weights
+from tenfold.hunyuan_moe.sharding import fill, shard
 
 # The released config.json's words, with small sizes.
 CONFIG = {
@@ -162,6 +168,56 @@ def test_damaged_and_missing_files(folder):
     (folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(ValueError, match="not an index of safetensors files"):
         HunyuanLargeForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture(params=range(3))
+def one_of_three(request):
+    """The mesh of three processes, two of them imagined."""
+    dist.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=3)
+    yield init_device_mesh("cpu", (3,))
+    dist.destroy_process_group()
+
+
+def test_a_process_reads_its_share(folder, one_of_three):
+    """Of 48 rows of gates and ups, a third that ends among the gates, one with some of both, and one of ups."""
+    whole = HunyuanLargeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.device("meta"):
+        model = HunyuanLargeForCausalLM(whole.config)
+    shard(model, model.model.layers, one_of_three)
+    fill(model, model, one_of_three, device=torch.device("cpu"), seed=0)
+    read_weights(model, folder)
+    shares = dict(model.named_parameters())
+    assert shares["model.layers.0.mlp.experts.gate_up_proj"].to_local().shape == (4, 16, 32)
+    assert shares["model.norm.weight"].to_local().shape == ((10,) if one_of_three.get_rank() == 2 else (11,))
+    for name, weight in whole.named_parameters():
+        share, rank = shares[name], one_of_three.get_rank()
+        (placement,) = share.placements
+        chunks = (*weight.chunk(3, placement.dim), weight[:0])  # four rows are for two of three processes
+        assert torch.equal(share.to_local(), chunks[rank]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_attention_heads": 2, "attention_head_dim": 16, "num_key_value_heads": 1},
+            "num_attention_heads is 4, the",
+        ),
+        ({"rope_theta": 5e4}, r"rotary base is 4\.64159e\+10, the model's 2\.32079e\+11"),
+        ({"vocab_size": 98}, "1 misshapen: model.embed_tokens.weight is 97 × 32, not 98 × 32"),
+    ],
+)
+def test_weights_that_mean_something_else(folder, changes, message):
+    model = HunyuanLargeForCausalLM(HunyuanLargeConfig.from_dict(copy.deepcopy(CONFIG) | changes))
+    before = model.model.embed_tokens.weight.clone()
+    with pytest.raises(ValueError, match=message):
+        read_weights(model, folder)
+    assert torch.equal(model.model.embed_tokens.weight, before)
+
+
+def test_no_weights(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no model\.safetensors, nor an index of several"):
+        read_weights(HunyuanLargeForCausalLM(HunyuanLargeConfig.from_dict(CONFIG)), tmp_path)
 
 
 def test_the_released_words_make_the_papers_model():

@@ -83,11 +83,19 @@ def test_the_balance_loss_evens_the_load(data):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 9}, "moe_topk: 9 is more than the 4 experts"),
-        ({"expert_lr_ratio": 0.0}, "expert_lr_ratio: must be positive, got 0"),
-        ({"kv_heads": 3}, "kv_heads: 3 do not divide heads 2"),
-        ({"capacity_factor": 0.5}, "capacity_factor: must be at least 1"),
-        ({"balance": -1.0}, "router_aux_loss_coef: must not be negative, got -1"),
+        ({"top_k": 9}, "^top_k: 9 is more than the 4 experts"),
+        ({"experts": 0}, "^experts: must be at least 1, got 0"),
+        ({"shared_experts": -1}, "^shared_experts: must not be negative, got -1"),
+        ({"share_factor": 0}, "^share_factor: must be at least 1, got 0"),
+        ({"heads": 16}, "^dim / heads: must be even, the rotation turns pairs; got 1"),
+        ({"heads": 3}, "^heads: 3 do not divide dim 16"),
+        ({"routing": "recylce"}, "^routing: must be one of 'recycle', 'drop', 'dropless', got 'recylce'"),
+        ({"rope_alpha": -1.0}, "^rope_alpha: must be positive, got -1"),
+        ({"shard_size": 0}, "^shard_size: must be positive, got 0"),
+        ({"expert_lr_ratio": 0.0}, "^expert_lr_ratio: must be positive, got 0"),
+        ({"kv_heads": 3}, "^kv_heads: 3 do not divide heads 2"),
+        ({"capacity_factor": 0.5}, "^capacity_factor: must be at least 1"),
+        ({"balance": -1.0}, "^balance: must not be negative, got -1"),
     ],
 )
 def test_bad_options(options, message):

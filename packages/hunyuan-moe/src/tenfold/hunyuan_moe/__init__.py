@@ -1,6 +1,7 @@
 """The Hunyuan-Large recipe (arXiv 2411.02265): recycle routing, shared keys and values, learning rates per expert."""
 
 from .budget import cache_bytes_per_token, count_parameters
+from .cla import CLAMixin, share_key_values
 from .config import HunyuanLargeConfig
 from .experts import register_experts
 from .flops import Flops, flops_per_token
@@ -13,6 +14,7 @@ from .rope import extend_context, rope_base
 from .scaling import fit_isoflops, minimal_compute, training_flops
 
 __all__ = [
+    "CLAMixin",
     "Experts",
     "Flops",
     "HunyuanLarge",
@@ -37,6 +39,7 @@ __all__ = [
     "register",
     "register_experts",
     "rope_base",
+    "share_key_values",
     "three_phase",
     "training_flops",
 ]

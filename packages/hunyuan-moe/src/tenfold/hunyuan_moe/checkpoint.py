@@ -2,18 +2,25 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from .rope import rope_base
+
 if TYPE_CHECKING:
     from .config import HunyuanLargeConfig
+    from .model import HunyuanLargeForCausalLM
 
 Shape = tuple[int, ...]
+KINDS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # stacked, and as released
 SHOWN = 8  # names of each kind in an error
 
 
@@ -51,7 +58,7 @@ def released_shapes(config: "HunyuanLargeConfig") -> dict[str, Shape]:
             shapes[name] = tuple(parameter.shape)
             continue
         experts, rows, columns = parameter.shape
-        kinds = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[last]
+        kinds = KINDS[last]
         for expert in range(experts):
             for kind in kinds:
                 shapes[f"{prefix}.experts.{expert}.{kind}.weight"] = (rows // len(kinds), columns)
@@ -85,6 +92,63 @@ def check_folder(folder: Path, config: "HunyuanLargeConfig") -> None:
     if any(problems.values()):
         told = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"{folder}: the tensors are not those of the config: {told}")
+
+
+@torch.no_grad()
+def read_weights(model: "HunyuanLargeForCausalLM", folder: Path) -> None:
+    """Fill a model from a folder in the released layout; of a sharded one (DTensors), each process reads its share.
+
+    Raises:
+        ValueError: a folder of another model: other tensors, or a config that gives them another meaning.
+    """
+    if not _files(folder):
+        raise ValueError(f"{folder}: there is no model.safetensors, nor an index of several")
+    _check_meaning(model.config, type(model.config).from_pretrained(folder), folder)
+    check_folder(folder, model.config)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in _files(folder)]
+        tensors = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+        def rows(name: str, first: int, last: int) -> Tensor:
+            return tensors[name].get_slice(name)[first:last]
+
+        for name, parameter in model.named_parameters():  # a tied head is not among them
+            local, offset = _share(parameter)
+            if not local.numel():
+                continue
+            prefix, _, last = name.rpartition(".experts.")
+            if not prefix:
+                local.copy_(rows(name, offset[0], offset[0] + len(local)))
+                continue
+            kinds = KINDS[last]
+            size = parameter.shape[1] // len(kinds)  # rows of each kind, one kind after the other
+            for expert, matrix in enumerate(local, start=offset[0]):
+                for i, kind in enumerate(kinds):
+                    begin, end = (min(max(x - i * size, 0), size) for x in (offset[1], offset[1] + len(matrix)))
+                    if begin < end:
+                        at = begin + i * size - offset[1]
+                        matrix[at : at + end - begin] = rows(f"{prefix}.experts.{expert}.{kind}.weight", begin, end)
+
+
+def _share(parameter: Tensor) -> tuple[Tensor, list[int]]:
+    """The part of a parameter that this process has, and the index of its first element."""
+    offset = [0] * parameter.ndim
+    if not isinstance(parameter, DTensor):
+        return parameter, offset
+    for over, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):  # as torch.chunk parts
+            size, parts = parameter.shape[placement.dim], parameter.device_mesh.size(over)
+            offset[placement.dim] = -(-size // parts) * parameter.device_mesh.get_local_rank(over)
+    return parameter.to_local(), offset
+
+
+def _check_meaning(ours: "HunyuanLargeConfig", theirs: "HunyuanLargeConfig", folder: Path) -> None:
+    """Refuse weights of equal shapes that mean something else."""
+    for name in ("num_attention_heads", "num_key_value_heads", "moe_topk", "use_qk_norm", "rms_norm_eps"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ValueError(f"{folder}: its {name} is {getattr(theirs, name)}, the model's {getattr(ours, name)}")
+    if rope_base(ours) != rope_base(theirs):
+        raise ValueError(f"{folder}: its rotary base is {rope_base(theirs):g}, the model's {rope_base(ours):g}")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,18 +1,43 @@
 """Training a Hunyuan-Large language model with Lightning."""
 
+import re
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from tenfold.core.lm import CausalLM
 from tenfold.core.training import NonFiniteError
 
+from .checkpoint import read_weights
 from .config import HunyuanLargeConfig
 from .learning_rates import PAPERS_RATIO, expert_parameter_groups, three_phase
 from .model import HunyuanLargeForCausalLM
+from .sharding import fill, shard, sharding_mesh
+
+# What the configuration calls the module's arguments.
+ARGUMENTS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "intermediate_size": "ffn",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "max_position_embeddings": "max_length",
+    "tie_word_embeddings": "tie_embeddings",
+    "initializer_range": "init_std",
+    "attn_implementation": "attention",
+    "num_experts": "experts",
+    "moe_topk": "top_k",
+    "num_shared_expert": "shared_experts",
+    "routing": "routing",
+    "capacity_factor": "capacity_factor",
+    "router_aux_loss_coef": "balance",
+    "cla_share_factor": "share_factor",
+    "use_qk_norm": "qk_norm",
+}
 
 
 class HunyuanLarge(CausalLM):
@@ -37,6 +62,8 @@ class HunyuanLarge(CausalLM):
         anneal_share: of the steps, the last ones, over which the rate falls to `lr · min_lr_ratio`.
         decay_ratio: where the decay before it ends, relative to `lr`; not published.
         tie_embeddings: whether the head's weight is the embedding's.
+        weights: a folder in the released layout to begin with, of which each process reads its share.
+        shard_size: under `ModelParallelStrategy`, processes that share one copy of the weights; by default all of them.
         others: sizes and optimizer, as `CausalLM` takes them; `ffn` is an expert's inner width.
     """
 
@@ -57,43 +84,41 @@ class HunyuanLarge(CausalLM):
         anneal_share: float = 0.05,
         decay_ratio: float = 0.3,
         tie_embeddings: bool = True,
+        weights: str | None = None,
+        shard_size: int | None = None,
         **others,
     ) -> None:
         super().__init__(tie_embeddings=tie_embeddings, **others)
+        for name, value in {
+            "expert_lr_ratio": expert_lr_ratio,
+            "rope_theta": rope_theta,
+            "rope_alpha": rope_alpha,
+            "shard_size": shard_size,
+        }.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: must be positive, got {value}")
         self.config()  # what does not go together shows now, not when training begins
-        if expert_lr_ratio <= 0:
-            raise ValueError(f"expert_lr_ratio: must be positive, got {expert_lr_ratio}")
 
     def config(self) -> HunyuanLargeConfig:
-        """The model's configuration."""
+        """The model's configuration.
+
+        Raises:
+            ValueError: a value that is not accepted, in the words of this class.
+        """
         h = self.hparams
+        given = {name: h[ours] for name, ours in ARGUMENTS.items()}
+        given["num_key_value_heads"] = self.llama_config().num_key_value_heads  # whose checks of sizes hold here too
         rope = {"rope_type": "default", "rope_theta": h.rope_theta}
         if h.rope_alpha is not None:
             rope |= {"rope_type": "dynamic", "alpha": h.rope_alpha, "factor": 1.0}
-        return HunyuanLargeConfig(
-            vocab_size=h.vocab_size,
-            hidden_size=h.dim,
-            intermediate_size=h.ffn,
-            num_hidden_layers=h.layers,
-            num_attention_heads=h.heads,
-            num_key_value_heads=self.llama_config().num_key_value_heads,  # whose checks of sizes hold here too
-            max_position_embeddings=h.max_length,
-            rope_parameters=rope,
-            tie_word_embeddings=h.tie_embeddings,
-            initializer_range=h.init_std,
-            bos_token_id=0,
-            eos_token_id=0,
-            attn_implementation=h.attention,
-            num_experts=h.experts,
-            moe_topk=h.top_k,
-            num_shared_expert=h.shared_experts,
-            routing=h.routing,
-            capacity_factor=h.capacity_factor,
-            router_aux_loss_coef=h.balance,
-            use_cla=h.share_factor > 1,
-            cla_share_factor=h.share_factor,
-            use_qk_norm=h.qk_norm,
-        )
+        try:
+            return HunyuanLargeConfig(
+                **given, rope_parameters=rope, use_cla=h.share_factor > 1, bos_token_id=0, eos_token_id=0
+            )
+        except ValueError as error:
+            ours = {**ARGUMENTS, "head_dim": "dim / heads"}
+            told = re.sub(r"\w+", lambda word: ours.get(word[0], word[0]), str(error))
+            raise ValueError(told) from error
 
     def build(self) -> PreTrainedModel:
         """The model to train, with fresh weights."""
@@ -102,17 +127,23 @@ class HunyuanLarge(CausalLM):
     def configure_model(self) -> None:
         """Build the model, once, and listen for its balance loss.
 
-        Under Lightning's `ModelParallelStrategy`, shard each layer over the processes (FSDP2): of the experts, which
-        are stacked in one tensor, each process keeps its share.
+        Under Lightning's `ModelParallelStrategy`, each layer is sharded over the processes (FSDP2) before it has any
+        memory: a process only ever holds its share.
         """
-        if self.lm is None:
+        if self.lm is not None:
+            return
+        if self.device_mesh is None:
             super().configure_model()
-            self.lm.base_model.register_forward_hook(self._keep_balance)
-            if self.device_mesh is not None:
-                mesh = self.device_mesh["data_parallel"]
-                for layer in self.lm.base_model.layers:
-                    fully_shard(layer, mesh=mesh)
-                fully_shard(self, mesh=mesh)  # not `lm`: the head's weight is used outside of its forward
+        else:
+            mesh = sharding_mesh(self.device_mesh, self.hparams.shard_size)
+            with torch.device("meta"):
+                super().configure_model()
+            shard(self, self.lm.base_model.layers, mesh)  # not `lm`: the head's weight is used outside of its forward
+            strategy = self.trainer.strategy
+            fill(self, self.lm, mesh, device=strategy.root_device, seed=strategy.broadcast(torch.initial_seed()))
+        if self.hparams.weights is not None:
+            read_weights(self.lm, Path(self.hparams.weights))
+        self.lm.base_model.register_forward_hook(self._keep_balance)
 
     def _keep_balance(self, model: torch.nn.Module, inputs: tuple, output) -> None:
         self._balance = output.balance_loss

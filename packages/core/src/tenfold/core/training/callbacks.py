@@ -1,6 +1,7 @@
 """Callbacks: stop before a NaN does harm, stop on a signal without loss, go on with the same bits."""
 
 import random
+import shutil
 import signal
 import threading
 import time
@@ -159,8 +160,24 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.path)
+        # Some strategies write folders, file by file: the last one stays whole until the next one is.
+        new, old = (self.path.with_name(f"{name}.{self.path.name}") for name in ("new", "old"))
+        trainer.save_checkpoint(new)
+        if trainer.is_global_zero:
+            _remove(old)
+            if self.path.is_dir() or (self.path.exists() and new.is_dir()):
+                self.path.rename(old)  # only a file can be put in the place of a file
+            new.replace(self.path)
+            _remove(old)
+        trainer.strategy.barrier()
         self._step, self._time = trainer.global_step, time.monotonic()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _any_process(trainer: Trainer, here: bool) -> bool:
