@@ -134,6 +134,13 @@ register()
 again = AutoModelForCausalLM.from_pretrained("saved")
 assert torch.equal(again(tokens).logits, model(tokens).logits)
 assert again.generate(tokens, max_new_tokens=3, do_sample=False).shape == (2, 10)
+from transformers import LlamaConfig, LlamaForCausalLM
+from tenfold.hunyuan_moe import flops_per_token, share_key_values
+assert flops_per_token(config, 7).total > 0
+llama = share_key_values(LlamaForCausalLM(LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=4, num_attention_heads=4, eos_token_id=None,
+)))
+assert llama.generate(tokens, max_new_tokens=3, do_sample=False).shape == (2, 10)
 tenfold = Path(sys.executable).with_name("tenfold")
 answer = subprocess.check_output([tenfold, "hunyuan-moe", "scaling", "--compute", "3.1088e24"], text=True)
 assert "58.1B" in answer, answer
