@@ -45,7 +45,9 @@ def unpermute(y: Tensor, weight: Tensor, row: Tensor, dropped: Tensor) -> Tensor
     """`Σ_j weight[t, j] · y[row[t, j]]`."""
     total = None
     for places, share, without in zip(row.unbind(1), weight.unbind(1), dropped.unbind(1), strict=True):
-        rows = _wide(y.index_select(0, places)).mul_(share[:, None]).masked_fill_(without[:, None], 0.0)
+        rows = _wide(y.index_select(0, places)).mul_(share[:, None])
+        if without.any():
+            rows.masked_fill_(without[:, None], 0.0)
         total = rows if total is None else total.add_(rows)
     return total.to(y.dtype)
 

@@ -20,7 +20,10 @@ def route_tokens(
     p = logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
     if logits.device.type == "cpu":
         _require_softmax(p)
-    choice = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    if top_k == 1:
+        choice = logits.argmax(1, keepdim=True)  # of equal ones the first, too, and several times as fast
+    else:
+        choice = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     expert, slot, load, recycled, dropped, row, offsets, chosen = _place(choice, E, capacity, recycle, seed)
 
     weight = p.gather(1, expert.clamp(min=0)).masked_fill(dropped, 0.0)
