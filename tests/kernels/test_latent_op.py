@@ -24,9 +24,9 @@ def test_it_is_a_torch_op(queries, mask, bits, rope, dtype, layout):
 
     def cached(name):
         if name not in tensors or not bits:
-            return tensors.get(name), None, 0, 0
+            return tensors.get(name), None, 0, 0, ""
         packed = pack_latents(tensors[name], bits=bits, group_size=4)
-        return packed.codes, packed.scales, bits, 4
+        return packed.codes, packed.scales, bits, 4, "symmetric"
 
     shown = tensors["mask"].expand(2, 3, queries, 7) if mask else None
     query, query_rope = tensors["query_latent"], tensors.get("query_rope")

@@ -155,5 +155,6 @@ def test_wide_latents_are_refused(device):
 def test_it_is_a_torch_op(device):
     t = latent_inputs(1, 2, 3, 9, 16, device=device)
     p, r = pack_latents(t["latent"]), pack_latents(t["rope"])
-    arguments = (t["query_latent"], t["query_rope"], p.codes, p.scales, 4, 128, r.codes, r.scales, 4, 128)
+    packed = [(x.codes, x.scales, x.bits, x.group_size, x.code) for x in (p, r)]
+    arguments = (t["query_latent"], t["query_rope"], *packed[0], *packed[1])
     torch.library.opcheck(torch.ops.tenfold.latent_attention, (*arguments, None, True, 0.25, "triton"))

@@ -99,20 +99,22 @@ def _attend(
     latent_scales: Tensor | None,
     latent_bits: int,
     latent_group: int,
+    latent_code: str,
     rope: Tensor | None,
     rope_scales: Tensor | None,
     rope_bits: int,
     rope_group: int,
+    rope_code: str,
     mask: Tensor | None,
     causal: bool,
     scale: float,
     backend: str,
 ) -> Tensor:
     """Codes and scales side by side, for an op's arguments are tensors and numbers; 0 bits: a plain tensor."""
-    latents = _packed(latent, latent_scales, query_latent.shape[-1], latent_bits, latent_group)
+    latents = _packed(latent, latent_scales, query_latent.shape[-1], latent_bits, latent_group, latent_code)
     keys = None
     if query_rope is not None:
-        keys = _packed(rope, rope_scales, query_rope.shape[-1], rope_bits, rope_group)
+        keys = _packed(rope, rope_scales, query_rope.shape[-1], rope_bits, rope_group, rope_code)
     if backend == "cpu":
         return cpu.forward(query_latent, query_rope, latents, keys, mask, causal, scale)
     from . import triton
@@ -135,14 +137,14 @@ def _refuse(ctx, grad):
 _attend.register_autograd(_refuse)
 
 
-def _flat(x: Latents | None) -> tuple[Tensor | None, Tensor | None, int, int]:
+def _flat(x: Latents | None) -> tuple[Tensor | None, Tensor | None, int, int, str]:
     if isinstance(x, PackedLatents):
-        return x.codes, x.scales, x.bits, x.group_size
-    return x, None, 0, 0
+        return x.codes, x.scales, x.bits, x.group_size, x.code
+    return x, None, 0, 0, ""
 
 
-def _packed(x: Tensor, scales: Tensor | None, width: int, bits: int, group_size: int) -> Latents:
-    return x if scales is None else PackedLatents(x, scales, width, bits, group_size)
+def _packed(x: Tensor, scales: Tensor | None, width: int, bits: int, group_size: int, code: str) -> Latents:
+    return x if bits == 0 else PackedLatents(x, scales, width, bits, group_size, code)
 
 
 def _check(
