@@ -116,17 +116,19 @@ class LatentAttention(_Attention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: CLLACache | None = None,
+        past_key_values: CLLACache | None = None,  # by its name until transformers 5.24, and from then on
+        cache: CLLACache | None = None,
         *,
         shared: dict[int, Entry],
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states `(B, T, dim)` to the same, and the weights where transformers' function gives them."""
+        cache = past_key_values if cache is None else cache
         content, rotary = self._queries(hidden_states).split([self.head_dim, self.rotary], dim=-1)
         new_rope = self.k_rope_proj(hidden_states)[:, None] if self.makes_rope else None
         if self.rotary:
             rotary, new_rope = rotate(rotary, new_rope, position_embeddings)
-        entry = self._entry(hidden_states, new_rope, past_key_values, shared)
+        entry = self._entry(hidden_states, new_rope, cache, shared)
         if entry.past:
             return self._absorbed(content, rotary, entry, attention_mask), None
 
@@ -196,13 +198,14 @@ class HeadsAttention(_Attention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: CLLACache | None = None,
+        past_key_values: CLLACache | None = None,  # by its name until transformers 5.24, and from then on
+        cache: CLLACache | None = None,
         *,
         shared: dict[int, Entry],
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states `(B, T, dim)` to the same, and the weights where transformers' function gives them."""
-        new_key = None
+        cache, new_key = past_key_values if cache is None else cache, None
         if self.produces:
             heads = (self.config.num_key_value_heads, -1)
             new_key, value = (
@@ -210,9 +213,9 @@ class HeadsAttention(_Attention):
             )
         query, new_key = rotate(self._queries(hidden_states), new_key, position_embeddings)
         if self.produces:
-            shared[self.layer_idx] = Entry(*self._store(new_key, value, past_key_values))
+            shared[self.layer_idx] = Entry(*self._store(new_key, value, cache))
         key, value = (dense(x, query.dtype) for x in shared[self.producer][:2])
-        if past_key_values is not None and self.is_last_reader:
+        if cache is not None and self.is_last_reader:
             del shared[self.producer]
         return self._attend(query, key, value, attention_mask, **kwargs)
 
