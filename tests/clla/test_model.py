@@ -38,6 +38,15 @@ OPTIONS = {
     "query latent": {"query_dim": 16},
     "a scale per vector": {"group_size": None},
     "biases": {"attention_bias": True},
+    "asymmetric codes": {"cache_code": "asymmetric"},
+    "FP4, the rotary key in FP8": {"cache_code": "float", "rope_bits": 8},
+    "FP8 rotary key": {"rope_code": "float", "rope_bits": 8},
+    "asymmetric before the norm": {"cache_code": "asymmetric", "cache_bits": 8, "quantizer": "before_norm"},
+    "heads in FP4": {"name": "CLA", "cache_code": "float"},
+    "steps per channel": {"cache_scales": "channel"},
+    "steps in FP8": {"cache_scales": "channel", "cache_code": "float", "cache_bits": 8},
+    "steps and one up-projection": {"cache_scales": "channel", "share_up_projections": True, "rope_key": "own"},
+    "steps and a latent for the values": {"cache_scales": "channel", "value_latent_dim": 8, "cache_code": "float"},
 }
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 

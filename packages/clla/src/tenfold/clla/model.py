@@ -3,8 +3,9 @@
 from dataclasses import fields
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import (
@@ -18,6 +19,7 @@ from transformers.models.llama.modeling_llama import (
 from .attention import HeadsAttention, LatentAttention
 from .cache import CLLACache
 from .config import CLLAConfig
+from .steps import initial_step
 
 # What transformers calls the cache, in its models' arguments and outputs: from 5.24 on `cache`, which it still takes
 # under the old name.
@@ -79,6 +81,13 @@ class CLLAPreTrainedModel(LlamaPreTrainedModel):
         "hidden_states": CLLADecoderLayer,
         "attentions": (LatentAttention, HeadsAttention),
     }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "latent_steps"):
+            step = initial_step(self.config.cache_formats(module.layer_idx)[0])
+            initialization.constant_(module.latent_steps, step)
 
 
 class CLLAModel(CLLAPreTrainedModel, LlamaModel):
