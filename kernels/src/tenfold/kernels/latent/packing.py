@@ -205,7 +205,7 @@ def _encode(x: Tensor, bits: int, code: Code) -> Tensor:
     step = torch.ldexp(torch.ones_like(x), exponent - format.mantissa_bits)
     half = ((x / step).round() * step / FLOAT16_POWER[bits]).to(torch.float16).view(torch.int16)
     magnitude = (half & 0x7FFF) >> (10 - format.mantissa_bits)
-    return (magnitude | ((half < 0) << (bits - 1))).to(torch.uint8)
+    return (magnitude | (half < 0).to(torch.int16) << (bits - 1)).to(torch.uint8)
 
 
 def _decode(codes: Tensor, bits: int, code: Code) -> Tensor:

@@ -64,7 +64,8 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     r = None if query_rope is None else _readable(query_rope)
     M = H * Tq
-    rows, keys, warps, stages = tiles(q.dtype, M, architecture(q))
+    layouts = _layout(latent), None if rope is None else _layout(rope)
+    rows, keys, warps, stages = tiles(q.dtype, M, architecture(q), layouts[0])
     blocks = B * triton.cdiv(M, rows)
     share = triton.cdiv(triton.cdiv(Tk, keys), triton.cdiv(PROGRAMS, blocks)) * keys  # keys of a split
     splits = triton.cdiv(Tk, share)
@@ -83,8 +84,8 @@ def forward(
             MASK=mask is not None,
             HIDES=hides,
             PRECISION=_precision(),
-            LATENT=_layout(latent),
-            ROPE=None if rope is None else _layout(rope),
+            LATENT=layouts[0],
+            ROPE=layouts[1],
             BLOCK_M=rows,
             BLOCK_N=keys,
             num_warps=warps,
@@ -96,17 +97,23 @@ def forward(
     return out.to(query_latent.dtype)
 
 
-def tiles(dtype: torch.dtype, rows: int, architecture: str) -> tuple[int, int, int, int]:
+def tiles(dtype: torch.dtype, rows: int, architecture: str, latent: tuple) -> tuple[int, int, int, int]:
     """Query rows and keys of a tile, warps of a program, and stages of its pipeline of loads.
 
-    The largest tried that spill no register at 512 + 64 columns, in 4 and 8 bits (tests/kernels/test_latent_aot.py).
+    The largest tried that spill no register at 512 + 64 columns, in 4 and 8 bits (tests/kernels/test_latent_aot.py),
+    for latents of that layout: offsets take registers of their own.
     """
     warps = 4 if architecture.startswith("gfx") else 8
     if architecture == "interpreter":  # which takes its time by the operation, however large
         return (16 if rows <= 16 else 64, 64, 4, 1)
     if dtype == torch.float32:
         return (16, 16, warps, 1)
-    if rows <= 16 or architecture not in ("sm_80", "sm_90", "sm_100", "sm_103", "gfx942"):
+    _, bits, group, _, _, code = latent
+    if code == "asymmetric":
+        return (16, 16, warps, 2)
+    unscaled = bits > 0 and group == 0
+    wide = ("sm_80", "sm_90", "gfx942") if unscaled else ("sm_80", "sm_90", "sm_100", "sm_103", "gfx942")
+    if rows <= 16 or architecture not in wide:
         return (16, 32, warps, 2)
     return (32, 32, warps, 2)
 
