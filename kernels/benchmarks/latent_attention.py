@@ -1,8 +1,8 @@
 """Time of one decoding step of `latent_attention` against context length, beside attention without a latent.
 
-Contenders: our op over a cache in 4 bits, in 8, in the other codes, and of plain latents; torch's SDPA over the keys and values of
-the same number of heads, contiguous, without the copy that appending to them costs; and the definition in plain
-torch, which unpacks the whole cache. Before anything is timed, ours must equal the definition in float64.
+Contenders: our op over a cache in 4 bits, in 8, in the other codes, and of plain latents; torch's SDPA over the keys
+and values of the same number of heads, contiguous, without the copy that appending to them costs; and the definition
+in plain torch, which unpacks the whole cache. Before anything is timed, ours must equal the definition in float64.
 SDPA's keys and values are others: it is timed as what it replaces, not compared.
 
     python kernels/benchmarks/latent_attention.py --heads 16 --lengths 8192 32768
