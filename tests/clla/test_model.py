@@ -188,7 +188,16 @@ def test_left_padding_changes_nothing(build, name, bits, attention, tokens):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["GQA", "CLA", "MLA", "CLLA"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"name": name} for name in ("GQA", "CLA", "MLA", "CLLA")),
+        {"cache_code": "asymmetric"},
+        {"cache_code": "float", "rope_bits": 8},
+        {"cache_scales": "channel"},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -201,8 +210,8 @@ def test_left_padding_changes_nothing(build, name, bits, attention, tokens):
     ],
     ids=str,
 )
-def test_generate_with_and_without_a_cache_agree(build, name, settings, tokens):
-    model = build(name)
+def test_generate_with_and_without_a_cache_agree(build, options, settings, tokens):
+    model = build(**options)
     prompt = tokens[:1, :7] if "prompt_lookup_num_tokens" in settings else tokens[:, :7]
     plain = {k: v for k, v in settings.items() if k.startswith("num_")}
     expected = model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False, **plain)
@@ -346,6 +355,12 @@ def test_bits_can_change_after_training(build, tokens):
         ({"group_size": 7}, "group_size: must be even"),
         ({"value_latent_dim": 24}, "value_latent_dim: must be between 0 and latent_dim 24, got 24"),
         ({"rope_frequencies": [1.0]}, "rope_frequencies: expected 3, one per pair, got 1"),
+        ({"cache_code": "fp4"}, "cache_code: must be one of 'symmetric', 'asymmetric', 'float', got 'fp4'"),
+        ({"rope_code": "int"}, "rope_code: must be one of 'symmetric', 'asymmetric', 'float', got 'int'"),
+        ({"cache_scales": "vector"}, "cache_scales: must be one of 'token', 'channel', got 'vector'"),
+        ({"cache_scales": "channel", "attention": "heads"}, "cache_scales: 'channel' does not go with attention"),
+        ({"cache_scales": "channel", "cache_code": "asymmetric"}, "cache_scales: 'channel' .* cache_code 'asymmetric'"),
+        ({"cache_scales": "channel", "quantizer": "before_norm"}, "cache_scales: 'channel' .* quantizer 'before_norm'"),
         ({"producers": [0, 0, 1]}, "producers: expected one per layer, 5, got 3"),
         ({"producers": [0, 0, 1, 3, 3]}, "producers: layer 2 cannot read the cache of layer 1"),
         ({"producers": [0, 2, 2, 3, 3]}, "producers: layer 1 cannot read the cache of layer 2"),

@@ -84,7 +84,8 @@ def least_squares_steps(c: Tensor, format: Format, otherwise: Tensor) -> Tensor:
         step = c.abs().amax(0) * (percent / 100 / largest(format.bits, format.code))
         rounded = step * fake_pack_latents(c / step, bits=format.bits, code=format.code, scale_dtype=None)
         error = (rounded - c).square().sum(0)
-        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+        better = (error < least) & (step > 0)
+        best, least = torch.where(better, step, best), torch.where(better, error, least)
     return best
 
 
