@@ -30,6 +30,7 @@ TERMS = 512  # that oneDNN adds up one after the other; MKL sums by pieces anywa
 ROWS = 1024  # query rows, all heads counted, that take part in a product
 
 Latents = Tensor | PackedLatents
+Scratch = dict[torch.dtype, Tensor]  # the same memory, for codes on their way
 
 
 @torch.autocast("cpu", enabled=False)  # the op has cast its inputs; the products here stay in float32
@@ -54,6 +55,7 @@ def forward(
     # Allocated once: fresh pages cost as much time as a pass over them.
     buffer = torch.empty(min(KEYS, Tk), queries.shape[-1], dtype=wide)
     scratch = torch.empty(buffer.numel() + len(buffer), dtype=torch.int16)
+    scratch = {dtype: scratch.view(dtype) for dtype in (torch.int16, torch.int8, torch.uint8)}
     height = max(1, ROWS // H)
     for b in range(B):
         for r in range(first, Tq, height):
@@ -75,7 +77,7 @@ def _attend(
     causal: bool,
     scale: float,
     buffer: Tensor,
-    scratch: Tensor,
+    scratch: Scratch,
 ) -> Tensor:
     """Z of the query rows `rows` of all heads of a batch entry, stacked; what it has beyond Dc is of no use."""
     n, Tk = rows.stop - rows.start, latent.shape[1]
@@ -123,37 +125,44 @@ def _hidden(mask: Tensor | None, b: int, rows: slice, keys: slice, offset: int, 
     return hidden
 
 
-def _unpack(x: Latents, b: int, keys: slice, out: Tensor, scratch: Tensor) -> None:
+def _unpack(x: Latents, b: int, keys: slice, out: Tensor, scratch: Scratch) -> None:
     """The vectors `keys` of batch entry `b` into `out`; `scratch` takes codes on their way."""
     if isinstance(x, Tensor):
         out.copy_(x[b, keys])
         return
-    codes, half = x.codes[b, keys], x.codes.shape[2]
-    halves = ((4, out[:, :half]), (0, out[:, half:])) if x.bits == 4 else ((0, out),)
-    for shift, columns in halves:  # to the left, to bring the code to the top of its byte
-        columns.copy_(_at_the_top(codes, shift, x, scratch)[:, : columns.shape[1]])
-    factor = FLOAT16_POWER[x.bits] if x.code == "float" else 2.0 ** (x.bits - 8)
+    codes, half, factor = x.codes[b, keys], x.codes.shape[2], 1.0
+    if x.code == "symmetric":
+        codes = codes.view(torch.int8)
+    if x.code == "float":
+        factor = FLOAT16_POWER[x.bits]
+        if x.bits == 8:
+            out.copy_(_minifloats(codes, 8, x, scratch))
+        else:
+            out[:, :half] = _minifloats(codes, 12, x, scratch)
+            out[:, half:] = _minifloats(codes, 8, x, scratch)[:, : x.width - half]
+    elif x.bits == 8:
+        out.copy_(codes)
+    else:
+        factor = 1 / 16
+        moved = scratch[codes.dtype][: codes.numel()].view(codes.shape)
+        out[:, :half] = torch.bitwise_left_shift(codes, 4, out=moved)
+        out[:, half:] = torch.bitwise_and(codes, -16, out=moved)[:, : x.width - half]
     if x.scales is None:
         if factor != 1.0:
             out.mul_(factor)
         return
-    scales = x.scales[b, keys].to(out.dtype)
-    groups = -(-x.width // x.group_size)
-    _per_group(Tensor.mul_, out, scales[:, :groups] * factor, x.group_size)
+    scales, offsets = x.scales[b, keys].to(out.dtype), None
     if x.code == "asymmetric":
-        _per_group(Tensor.add_, out, scales[:, groups:], x.group_size)
+        scales, offsets = scales.chunk(2, 1)
+    _per_group(Tensor.mul_, out, scales if factor == 1.0 else scales * factor, x.group_size)
+    if offsets is not None:
+        _per_group(Tensor.add_, out, offsets, x.group_size)
 
 
-def _at_the_top(codes: Tensor, shift: int, x: PackedLatents, scratch: Tensor) -> Tensor:
-    """Integers in the upper bits of a byte, what is below them cleared, or minifloats as float16."""
-    if x.code == "float":
-        moved = scratch[: codes.numel()].view(codes.shape).copy_(codes).bitwise_left_shift_(8 + shift)
-        return moved.bitwise_right_shift_(FLOAT16_SHIFT[x.bits]).bitwise_and_(FLOAT16_MASK[x.bits]).view(torch.float16)
-    codes = codes if x.code == "asymmetric" else codes.view(torch.int8)
-    if x.bits == 8:
-        return codes
-    moved = scratch.view(codes.dtype)[: codes.numel()].view(codes.shape)
-    return torch.bitwise_left_shift(codes, 4, out=moved) if shift else torch.bitwise_and(codes, -16, out=moved)
+def _minifloats(codes: Tensor, shift: int, x: PackedLatents, scratch: Scratch) -> Tensor:
+    """Codes that `shift` brings to the top of an int16, as float16."""
+    moved = scratch[torch.int16][: codes.numel()].view(codes.shape).copy_(codes).bitwise_left_shift_(shift)
+    return moved.bitwise_right_shift_(FLOAT16_SHIFT[x.bits]).bitwise_and_(FLOAT16_MASK[x.bits]).view(torch.float16)
 
 
 def _per_group(change: Callable[[Tensor, Tensor], Tensor], out: Tensor, numbers: Tensor, size: int) -> None:
