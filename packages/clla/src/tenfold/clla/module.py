@@ -37,7 +37,8 @@ class CLLAModule(CausalLM):
         cache_scales: `token`, stored with the codes, or `channel`: a trained step per channel of the latent, which
             the cache does not hold; see CLLAConfig.
         group_size: numbers that share a scale; None is one scale per vector.
-        quantize_from: the update from which on training sees the cache's bits; 16 bits before it.
+        quantize_from: the update from which on training sees the cache's bits; 16 bits before it, when steps per
+            channel have no gradient.
         rope_theta: base of the rotary frequencies.
         others: sizes and optimizer, as `CausalLM` takes them.
 
