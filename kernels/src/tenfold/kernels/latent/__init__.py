@@ -35,8 +35,9 @@ def latent_attention(
         s_ij = scale · (q̃_i · c_j + q_i · k_j)
         z_i  = Σ_j softmax_j(s_ij) c_j
 
-    and the caller applies W_UV,h to z. Packed latents are read as they lie, codes and scales; what is unpacked
-    at a time is a block, whatever Tk is. Products, softmax and sums are float32 also for half-precision inputs.
+    and the caller applies W_UV,h to z. Packed latents are read as they lie, codes and scales, whatever the codes
+    stand for; what is unpacked at a time is a block, whatever Tk is. Steps of channels, by which latents that have
+    no scales were divided, are for the caller to multiply into q̃ and z. Products, softmax and sums are float32 also for half-precision inputs.
 
     An inference op: no gradient passes through it. Training attends to expanded keys and values, or takes
     `use_backend("reference")`, which is differentiable where the latents are plain tensors.
@@ -44,7 +45,7 @@ def latent_attention(
     Args:
         query_latent: q̃, `(B, H, Tq, Dc)`, float32, bfloat16, float16, or float64 (not on the triton backend).
         query_rope: `(B, H, Tq, Dr)`, rotated already, in query_latent's dtype; None without a rotary part.
-        latent: `(B, Tk, Dc)`, a tensor of any of the dtypes above, or what `pack_latents` made of one.
+        latent: `(B, Tk, Dc)`, a tensor of any of the dtypes above, or what `pack_latents` made of one, in any code.
         rope: `(B, Tk, Dr)`, likewise; rotated before it was packed. None where query_rope is.
         scale: of the scores. It has no default because what attention usually takes, 1/√(Dc + Dr), is wrong
             here: the products are those of the expanded keys, so it is 1/√(d_h + Dr), d_h the width of a head.
