@@ -37,7 +37,8 @@ def latent_attention(
 
     and the caller applies W_UV,h to z. Packed latents are read as they lie, codes and scales, whatever the codes
     stand for; what is unpacked at a time is a block, whatever Tk is. Steps of channels, by which latents that have
-    no scales were divided, are for the caller to multiply into q̃ and z. Products, softmax and sums are float32 also for half-precision inputs.
+    no scales were divided, are for the caller to multiply into q̃ and z. Products, softmax and sums are float32 also
+    for half-precision inputs.
 
     An inference op: no gradient passes through it. Training attends to expanded keys and values, or takes
     `use_backend("reference")`, which is differentiable where the latents are plain tensors.
