@@ -242,6 +242,17 @@ def test_a_conversation_goes_on_from_its_cache(build, tokens):
 
 
 @torch.no_grad()
+def test_the_cache_goes_by_both_of_its_names(build, tokens):
+    """`past_key_values`, and what transformers from 5.24 on calls it."""
+    model = build()
+    caches = [CLLACache(model.config) for _ in range(2)]
+    first = model.model(tokens, past_key_values=caches[0]).last_hidden_state
+    second = model.model(tokens, cache=caches[1]).last_hidden_state
+    assert torch.equal(first, second)
+    assert [cache.get_seq_length() for cache in caches] == [13, 13]
+
+
+@torch.no_grad()
 @each_option
 def test_saved_and_loaded(build, options, tokens, tmp_path):
     register()
