@@ -317,6 +317,18 @@ def test_compiles_without_graph_breaks(build, tokens):
     torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected)
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"cache_code": "asymmetric"}, {"cache_code": "float"}, {"cache_scales": "channel"}]
+)
+def test_trains_and_decodes_in_half_precision(build, changes, tokens):
+    model = build(**changes).float().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens, labels=tokens).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    model = model.bfloat16().eval()
+    assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (2, 16)
+
+
 def test_documents_masked_apart(build, tokens):
     """Packed documents, told apart by their positions, as core's CausalLM asks for them."""
     model = build()

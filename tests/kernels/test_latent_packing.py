@@ -230,6 +230,17 @@ def test_training_sees_what_is_read_back(code, bits, dtype):
     assert torch.autograd.grad(seen, x, grad)[0].equal(grad)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("options", [{}, {"code": "asymmetric"}, {"code": "float"}, {"scale_dtype": None}])
+def test_autocast_changes_nothing(options, bits):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = torch.randn(3, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+        expected = fake_pack_latents(x, bits=bits, group_size=32, **options)
+        for half in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", half):
+                assert fake_pack_latents(x, bits=bits, group_size=32, **options).equal(expected)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"code": "asymmetric"}, {"code": "float"}, {"scale_dtype": None}, {"code": "float", "bits": 8}]
 )

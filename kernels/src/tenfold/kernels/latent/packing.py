@@ -105,7 +105,8 @@ def pack_latents(
         if offset is not None:
             groups = groups - offset.to(groups.dtype).unsqueeze(-1)
         numbers = (groups / scales.to(peak.dtype).unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]]
-        scales = scales if offset is None else torch.cat([scales, offset], -1)
+        if offset is not None:
+            scales = _lengthened(scales, offset)
     codes = _encode(numbers.nan_to_num(0.0), bits, code)  # 0/0, and what becomes NaN anyway
     if bits == 4:
         if x.shape[-1] % 2:
@@ -273,8 +274,15 @@ def _grouped(x: Tensor, group_size: int) -> Tensor:
     """`(…, D)` as `(…, groups, size)`, the last group filled up with its last number."""
     size = min(group_size, x.shape[-1])
     if missing := -x.shape[-1] % size:
-        x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], -1)
+        x = _lengthened(x, x[..., -1:].expand(*x.shape[:-1], missing))
     return x.unflatten(-1, (-1, size))
+
+
+def _lengthened(x: Tensor, more: Tensor) -> Tensor:
+    """Both, one after the other: torch.cat, but for autocast, which makes that refuse float16 on a CPU."""
+    y = torch.nn.functional.pad(x, (0, more.shape[-1]))
+    y[..., x.shape[-1] :] = more
+    return y
 
 
 def _round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
