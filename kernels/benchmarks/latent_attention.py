@@ -1,8 +1,8 @@
 """Time of one decoding step of `latent_attention` against context length, beside attention without a latent.
 
-Contenders: our op over a cache in 4 bits, in 8, and of plain latents; torch's SDPA over the keys and values of
-the same number of heads, contiguous, without the copy that appending to them costs; and the definition in plain
-torch, which unpacks the whole cache. Before anything is timed, ours must equal the definition in float64.
+Contenders: our op over a cache in 4 bits, in 8, in the other codes, and of plain latents; torch's SDPA over the keys
+and values of the same number of heads, contiguous, without the copy that appending to them costs; and the definition
+in plain torch, which unpacks the whole cache. Before anything is timed, ours must equal the definition in float64.
 SDPA's keys and values are others: it is timed as what it replaces, not compared.
 
     python kernels/benchmarks/latent_attention.py --heads 16 --lengths 8192 32768
@@ -22,6 +22,14 @@ from tenfold.kernels.testing import latent_inputs
 from tenfold.kernels.testing.timing import Timing, compare, machine, print_table, require_same, write_csv
 
 OURS = "tenfold latent_attention, 4 bits"
+FORMATS = {
+    OURS: {},
+    "… 8 bits": {"bits": 8},
+    "… asymmetric 4 bits": {"code": "asymmetric"},
+    "… FP4": {"code": "float"},
+    "… FP8": {"bits": 8, "code": "float"},
+    "… 4 bits without scales": {"scale_dtype": None},
+}
 
 
 def definition(*arguments: object, scale: float) -> Tensor:
@@ -52,7 +60,7 @@ def main() -> None:
         sizes = arguments.batch, heads, 1, length, arguments.latent
         tensors = latent_inputs(*sizes, rope=arguments.rope, dtype=dtype, device=device)
         queries, plain = (tensors["query_latent"], tensors["query_rope"]), (tensors["latent"], tensors["rope"])
-        caches = {OURS: [pack_latents(x) for x in plain], "… 8 bits": [pack_latents(x, bits=8) for x in plain]}
+        caches = {name: [pack_latents(x, **options) for x in plain] for name, options in FORMATS.items()}
         wide = [x.double() for x in queries]
         for name, cache in caches.items():
             truth = definition(*wide, *cache, scale=scale)
@@ -72,7 +80,7 @@ def main() -> None:
         with torch.inference_mode():
             tables[length] = compare(contenders, rounds=arguments.rounds, device=device)
         print_table(f"{length} keys", tables[length])
-        stored = sum(x.nbytes for packed in caches[OURS] for x in (packed.codes, packed.scales))
+        stored = sum(x.nbytes for packed in caches[OURS] for x in packed.tensors)
         operations = 2 * arguments.batch * heads * length * (2 * arguments.latent + arguments.rope)
         print(f"floor: ours {stored / 1e6:.1f} MB and {operations / 1e9:.2f} GFLOP", end="; ")
         print(f"SDPA {(key.nbytes + value.nbytes) / 1e6:.1f} MB and {4 * key.numel() / 1e9:.2f} GFLOP")

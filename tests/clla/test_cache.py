@@ -8,12 +8,24 @@ from transformers.cache_utils import DummyLayer
 
 from tenfold.clla import CLLACache, CLLAConfig, CLLAForCausalLM, bytes_per_token, rung
 from tenfold.clla.cache import PAGE, CLLALayer, Stream
-from tenfold.clla.formats import Format, dense
+from tenfold.clla.formats import Format, dense, parts
 from tenfold.clla.ladder import RUNGS
 from tenfold.kernels import pack_latents
 from tenfold.kernels.testing import peak_memory
 
-FORMATS = [Format(1, 24, 4, 8), Format(2, 7, 4, None), Format(1, 10, 8, 128), Format(3, 6), Format(1, 12, 4, 8, 1e-6)]
+FORMATS = [
+    Format(1, 24, 4, 8),
+    Format(2, 7, 4, None),
+    Format(1, 10, 8, 128),
+    Format(3, 6),
+    Format(1, 12, 4, 8, 1e-6),
+    Format(1, 24, 4, 8, code="asymmetric"),
+    Format(1, 12, 8, None, 1e-6, code="asymmetric"),
+    Format(2, 7, 4, 4, code="float"),
+    Format(1, 10, 8, 8, code="float"),
+    Format(1, 24, 4, scales=False),
+    Format(1, 9, 8, code="float", scales=False),
+]
 each_format = pytest.mark.parametrize("format", FORMATS, ids=str)
 
 
@@ -29,7 +41,7 @@ def test_chunks_store_what_one_append_stores(format):
     whole.append(x)
     for chunk in x.split([1, 63, 2, 100, 34], dim=2):
         chunked.append(chunk)
-    for a, b in zip(_tensors(whole.read()), _tensors(chunked.read()), strict=True):
+    for a, b in zip(parts(whole.read()), parts(chunked.read()), strict=True):
         assert torch.equal(a, b)
     torch.testing.assert_close(dense(chunked.read(), torch.float32), format.round(x), rtol=0, atol=0)
 
@@ -86,9 +98,19 @@ def test_cropped_and_appended_again(build, name, tokens):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["GQA", "MLA", "CLLA"])
-def test_saved_and_loaded_in_the_middle(build, name, tokens, tmp_path):
-    model = build(name)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("GQA", {}),
+        ("MLA", {}),
+        ("CLLA", {}),
+        ("CLLA", {"cache_code": "asymmetric"}),
+        ("CLLA", {"cache_code": "float", "rope_bits": 8}),
+        ("CLLA", {"cache_scales": "channel"}),
+    ],
+)
+def test_saved_and_loaded_in_the_middle(build, name, changes, tokens, tmp_path):
+    model = build(name, **changes)
     cache = CLLACache(model.config)
     model(tokens[:, :8], past_key_values=cache)
     torch.save(cache.state_dict(), tmp_path / "cache.pt")
@@ -98,6 +120,10 @@ def test_saved_and_loaded_in_the_middle(build, name, tokens, tmp_path):
     assert torch.equal(model(tokens[:, 8:], past_key_values=loaded).logits, expected)
     with pytest.raises(ValueError, match="state: saved from a cache of another config, or not whole"):
         CLLACache(build(name, cache_bits=8).config).load_state_dict(cache.state_dict())
+    if changes.get("cache_code") != "asymmetric":  # codes of another kind, though as large
+        other = {"cache_code": "symmetric" if changes.get("cache_code") == "float" else "float"}
+        with pytest.raises(ValueError, match="state: saved from a cache of another config"):
+            CLLACache(build(name, **changes | other).config).load_state_dict(cache.state_dict())
     state = cache.state_dict()
     state.popitem()
     with pytest.raises(ValueError, match=r"state: .* not whole"):
@@ -125,6 +151,27 @@ def test_storage_is_what_the_formulas_say(sizes, name, bits, share_factor):
     assert bytes_per_token(config) == formula
     assert cache.nbytes() == 3 * 40 * formula
     assert sum(isinstance(layer, DummyLayer) for layer in cache.layers) == 5 - runs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("changes", "formula"),
+    [
+        ({"cache_code": "float"}, 12 + 2 * 2 + 3 + 2),  # FP4 takes what int4 takes
+        ({"cache_code": "float", "rope_bits": 8}, 12 + 2 * 2 + 6 + 2),
+        ({"cache_code": "asymmetric"}, 12 + 2 * 4 + 3 + 4),
+        ({"cache_scales": "channel"}, 12 + 3 + 2),
+        ({"cache_scales": "channel", "rope_key": "none"}, 12),
+        ({"cache_scales": "channel", "cache_bits": 8, "cache_code": "float"}, 24 + 6 + 2),
+    ],
+    ids=str,
+)
+def test_storage_of_the_other_codes(sizes, changes, formula):
+    config = CLLAConfig(**sizes | {"group_size": 16} | changes)
+    cache = CLLACache(config, max_length=40)
+    CLLAForCausalLM(config).to(torch.bfloat16)(torch.ones(3, 40, dtype=torch.long), past_key_values=cache)
+    assert bytes_per_token(config) == 3 * formula
+    assert cache.nbytes() == 3 * 40 * 3 * formula
 
 
 def test_growing_wastes_a_sixteenth_and_copies_little():
@@ -196,7 +243,3 @@ def test_what_a_cache_refuses(build):
     assert cache.get_seq_length() == 4
     assert cache.get_max_length() == 6
     assert CLLACache(config).get_max_length() == -1
-
-
-def _tensors(stored):
-    return stored[:2] if isinstance(stored, tuple) else (stored,)

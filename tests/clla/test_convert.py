@@ -197,6 +197,19 @@ def test_the_command_writes_a_model_that_loads_and_generates(checkpoint, calibra
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_command_converts_to_other_codes_and_to_steps(checkpoint, calibrated, tokens, capsys):
+    options = ("--calibration", str(checkpoint.with_name("text.txt")), "--tokens", "200") if calibrated else ()
+    options += ("--cache_code", "float", "--cache_scales", "channel")
+    assert main(["clla", "convert", str(checkpoint), *OPTIONS, *options]) == 0
+    model = CLLAForCausalLM.from_pretrained(checkpoint.with_name("qwen-clla"))
+    assert (model.config.cache_code, model.config.cache_scales) == ("float", "channel")
+    steps = model.model.layers[2].self_attn.latent_steps
+    assert (steps.std() > 0) == calibrated  # else those that training begins with, all alike
+    assert (steps > 0).all()
+    assert model.generate(tokens, max_new_tokens=4, do_sample=False).shape == (2, 17)
+
+
 def damage(checkpoint, kind):
     weights, config = checkpoint / "model.safetensors", checkpoint / "config.json"
     state, settings = load_file(weights), json.loads(config.read_text())
@@ -257,6 +270,7 @@ def test_a_checkpoint_that_cannot_be_converted(checkpoint, kind, words, capsys):
         (("--latent_dim", "16", "--rope_dim", "500"), "rope_dim: at most"),
         ((*OPTIONS, "--share_factor", "0"), "share_factor: must be at least 1"),
         ((*OPTIONS, "--cache_bits", "5"), "cache_bits: must be one of 4, 8, 16"),
+        ((*OPTIONS, "--cache_code", "asymmetric", "--cache_scales", "channel"), "cache_scales: 'channel' does not go"),
         ((*OPTIONS, "--window", "0"), "window: must be at least 1"),
         ((*OPTIONS, "--output", "OTHER"), "is there already"),
         ((*OPTIONS, "--calibration", "OTHER/none.txt"), "calibration: "),

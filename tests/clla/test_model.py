@@ -38,6 +38,15 @@ OPTIONS = {
     "query latent": {"query_dim": 16},
     "a scale per vector": {"group_size": None},
     "biases": {"attention_bias": True},
+    "asymmetric codes": {"cache_code": "asymmetric"},
+    "FP4, the rotary key in FP8": {"cache_code": "float", "rope_bits": 8},
+    "FP8 rotary key": {"rope_code": "float", "rope_bits": 8},
+    "asymmetric before the norm": {"cache_code": "asymmetric", "cache_bits": 8, "quantizer": "before_norm"},
+    "heads in FP4": {"name": "CLA", "cache_code": "float"},
+    "steps per channel": {"cache_scales": "channel"},
+    "steps in FP8": {"cache_scales": "channel", "cache_code": "float", "cache_bits": 8},
+    "steps and one up-projection": {"cache_scales": "channel", "share_up_projections": True, "rope_key": "own"},
+    "steps and a latent for the values": {"cache_scales": "channel", "value_latent_dim": 8, "cache_code": "float"},
 }
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
@@ -179,7 +188,16 @@ def test_left_padding_changes_nothing(build, name, bits, attention, tokens):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["GQA", "CLA", "MLA", "CLLA"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"name": name} for name in ("GQA", "CLA", "MLA", "CLLA")),
+        {"cache_code": "asymmetric"},
+        {"cache_code": "float", "rope_bits": 8},
+        {"cache_scales": "channel"},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -192,8 +210,8 @@ def test_left_padding_changes_nothing(build, name, bits, attention, tokens):
     ],
     ids=str,
 )
-def test_generate_with_and_without_a_cache_agree(build, name, settings, tokens):
-    model = build(name)
+def test_generate_with_and_without_a_cache_agree(build, options, settings, tokens):
+    model = build(**options)
     prompt = tokens[:1, :7] if "prompt_lookup_num_tokens" in settings else tokens[:, :7]
     plain = {k: v for k, v in settings.items() if k.startswith("num_")}
     expected = model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False, **plain)
@@ -221,6 +239,17 @@ def test_a_conversation_goes_on_from_its_cache(build, tokens):
         model.generate(longer, past_key_values=cache, max_new_tokens=4, do_sample=False),
         model.generate(longer, max_new_tokens=4, do_sample=False),
     )
+
+
+@torch.no_grad()
+def test_the_cache_goes_by_both_of_its_names(build, tokens):
+    """`past_key_values`, and what transformers from 5.24 on calls it."""
+    model = build()
+    caches = [CLLACache(model.config) for _ in range(2)]
+    first = model.model(tokens, past_key_values=caches[0]).last_hidden_state
+    second = model.model(tokens, cache=caches[1]).last_hidden_state
+    assert torch.equal(first, second)
+    assert [cache.get_seq_length() for cache in caches] == [13, 13]
 
 
 @torch.no_grad()
@@ -288,6 +317,18 @@ def test_compiles_without_graph_breaks(build, tokens):
     torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected)
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"cache_code": "asymmetric"}, {"cache_code": "float"}, {"cache_scales": "channel"}]
+)
+def test_trains_and_decodes_in_half_precision(build, changes, tokens):
+    model = build(**changes).float().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens, labels=tokens).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    model = model.bfloat16().eval()
+    assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (2, 16)
+
+
 def test_documents_masked_apart(build, tokens):
     """Packed documents, told apart by their positions, as core's CausalLM asks for them."""
     model = build()
@@ -337,6 +378,12 @@ def test_bits_can_change_after_training(build, tokens):
         ({"group_size": 7}, "group_size: must be even"),
         ({"value_latent_dim": 24}, "value_latent_dim: must be between 0 and latent_dim 24, got 24"),
         ({"rope_frequencies": [1.0]}, "rope_frequencies: expected 3, one per pair, got 1"),
+        ({"cache_code": "fp4"}, "cache_code: must be one of 'symmetric', 'asymmetric', 'float', got 'fp4'"),
+        ({"rope_code": "int"}, "rope_code: must be one of 'symmetric', 'asymmetric', 'float', got 'int'"),
+        ({"cache_scales": "vector"}, "cache_scales: must be one of 'token', 'channel', got 'vector'"),
+        ({"cache_scales": "channel", "attention": "heads"}, "cache_scales: 'channel' does not go with attention"),
+        ({"cache_scales": "channel", "cache_code": "asymmetric"}, "cache_scales: 'channel' .* cache_code 'asymmetric'"),
+        ({"cache_scales": "channel", "quantizer": "before_norm"}, "cache_scales: 'channel' .* quantizer 'before_norm'"),
         ({"producers": [0, 0, 1]}, "producers: expected one per layer, 5, got 3"),
         ({"producers": [0, 0, 1, 3, 3]}, "producers: layer 2 cannot read the cache of layer 1"),
         ({"producers": [0, 2, 2, 3, 3]}, "producers: layer 1 cannot read the cache of layer 2"),

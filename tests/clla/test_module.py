@@ -73,6 +73,8 @@ def test_a_training_sees_the_bits_from_the_update_it_is_told():
     [
         ({"rung": "MHLA"}, "rung: must be one of MHA, GQA, MQA, CLA, MLA, CLLA, got 'MHLA'"),
         ({"cache_bits": 2}, "cache_bits: must be one of 4, 8, 16, got 2"),
+        ({"cache_code": "int"}, "cache_code: must be one of 'symmetric', 'asymmetric', 'float', got 'int'"),
+        ({"cache_scales": "channel", "quantizer": "before_norm"}, "cache_scales: 'channel' does not go with quantizer"),
         ({"heads": 3}, "num_attention_heads: 3 do not divide hidden_size 16"),
         ({"quantize_from": -1}, "quantize_from: must not be negative, got -1"),
         ({"equal_parameters": True, "latent_dim": 5000}, "reference: too small"),
@@ -93,6 +95,20 @@ def test_a_measurement(monkeypatch, arm):
     if arm != "MHA":
         assert all(10 < snr < 40 for snr in result["latent_snr"])
         assert len(result["latent_snr"]) == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"cache_code": "float", "rope_bits": 8}, {"cache_code": "asymmetric"}, {"cache_scales": "channel"}]
+)
+def test_a_training_with_other_codes(changes):
+    data = TextDataModule(length=128, batch_size=64, vocab_size=1024)
+    module = CLLAModule(vocab_size=1024, max_length=128, **TOY, warmup_steps=1, lr=1e-2, **changes)
+    assert 2 < fit(module, data, steps=3, seed=0)["val/bits_per_byte"] < 8
+    steps = [p for name, p in module.lm.named_parameters() if name.endswith("latent_steps")]
+    assert len(steps) == (2 if "cache_scales" in changes else 0)
+    assert all(p.std() > 0 for p in steps)  # they began alike
+    undecayed = module.configure_optimizers()["optimizer"].param_groups[1]
+    assert all(any(p is q for q in undecayed["params"]) for p in steps)
 
 
 def test_a_diverged_training_is_told_and_not_scored(monkeypatch):

@@ -8,12 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tenfold.kernels import fake_pack_latents, latent_attention, pack_latents, unpack_latents, use_backend
+from tenfold.kernels import PackedLatents, latent_attention, pack_latents, unpack_latents, use_backend
 from tenfold.kernels.latent import cpu
 from tenfold.kernels.testing import check_op, latent_inputs, lay_out, poisoned_scratch, with_margin
 
 HALF_AND_FULL = [torch.float32, torch.bfloat16, torch.float16]
 SEQUENCES = ("latent", "rope")
+INTEGERS = {"4": {"bits": 4}, "8": {"bits": 8}}
+OTHERS = {
+    "asymmetric 4": {"bits": 4, "code": "asymmetric"},
+    "asymmetric 8": {"bits": 8, "code": "asymmetric"},
+    "FP4": {"bits": 4, "code": "float"},
+    "FP8": {"bits": 8, "code": "float"},
+    "4 without scales": {"bits": 4, "scale_dtype": None},
+    "FP8 without scales": {"bits": 8, "code": "float", "scale_dtype": None},
+}
+PACKED = INTEGERS | OTHERS
+each_format = pytest.mark.parametrize("format", [*PACKED.values(), None], ids=[*PACKED, "plain"])
+each_packed = pytest.mark.parametrize("format", PACKED.values(), ids=PACKED)
 
 
 def reference(query_latent, latent, query_rope=None, rope=None, **options):
@@ -21,38 +33,37 @@ def reference(query_latent, latent, query_rope=None, rope=None, **options):
         return latent_attention(query_latent, query_rope, latent, rope, **options)
 
 
-def plain(query_latent, latent, query_rope=None, rope=None, **options):
-    return latent_attention(query_latent, query_rope, latent, rope, **options)
-
-
-def packed(bits, group_size=16):
-    """The op over packed latents; what it gets must be what packing leaves as it is."""
+def attending(format=None, group_size=16):
+    """The op over plain latents, or over what packing makes of them."""
 
     def attend(query_latent, latent, query_rope=None, rope=None, **options):
-        latent, rope = (
-            None if x is None else pack_latents(x, bits=bits, group_size=group_size) for x in (latent, rope)
-        )
+        if format is not None:
+            latent, rope = (
+                None if x is None else pack_latents(x, group_size=group_size, **format) for x in (latent, rope)
+            )
         return latent_attention(query_latent, query_rope, latent, rope, **options)
 
     return attend
 
 
-def rounded(tensors, bits, group_size=16):
-    """Latents that a cache of so many bits holds exactly."""
-    return tensors | {
-        name: fake_pack_latents(tensors[name].float(), bits=bits, group_size=group_size)
-        for name in SEQUENCES
-        if name in tensors
-    }
-
-
-def check(tensors, bits=None, group_size=16, **options):
-    """The error budget, over plain latents or in 8 or 4 bits."""
+def check(tensors, format=None, group_size=16, **options):
+    """The error budget, over plain latents or packed ones; those are the same for the op and its definition."""
     options = {"scale": 0.3} | options
-    if bits is None:
-        check_op(plain, reference, tensors, **options)
-    else:
-        check_op(packed(bits, group_size), reference, rounded(tensors, bits, group_size), **options)
+    if format is None:
+        check_op(attending(), reference, tensors, **options)
+        return
+    cache = [
+        pack_latents(tensors[name], group_size=group_size, **format) if name in tensors else None for name in SEQUENCES
+    ]
+
+    def attend(query_latent, query_rope=None, **options):
+        return latent_attention(query_latent, query_rope, *cache, **options)
+
+    def definition(**arguments):
+        with use_backend("reference"):
+            return attend(**arguments)
+
+    check_op(attend, definition, {name: x for name, x in tensors.items() if name not in SEQUENCES}, **options)
 
 
 @pytest.fixture(params=["cpu", "reference"])
@@ -68,7 +79,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(cpu, "ROWS", 6)
 
 
-@pytest.mark.parametrize("bits", [4, 8, None])
+@pytest.mark.parametrize("format", [*INTEGERS.values(), None], ids=[*INTEGERS, "plain"])
 @pytest.mark.parametrize("dtype", HALF_AND_FULL)
 @pytest.mark.parametrize(
     ("heads", "queries", "keys", "dim", "rope", "causal"),
@@ -84,8 +95,29 @@ def small_blocks(monkeypatch):
         (0, 2, 3, 4, 2, False),
     ],
 )
-def test_output_is_within_the_budget(bits, dtype, heads, queries, keys, dim, rope, causal):
-    check(latent_inputs(2, heads, queries, keys, dim, rope=rope, dtype=dtype), bits, causal=causal)
+def test_output_is_within_the_budget(format, dtype, heads, queries, keys, dim, rope, causal):
+    check(latent_inputs(2, heads, queries, keys, dim, rope=rope, dtype=dtype), format, causal=causal)
+
+
+@pytest.mark.parametrize("format", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "queries", "keys", "dim", "rope", "group"),
+    [(16, 1, 2048, 64, 16, 16), (3, 40, 1100, 35, 0, 16), (2, 3, 70, 33, 5, 128), (1, 1, 1, 1, 1, 1)],
+)
+def test_other_codes_are_within_the_budget(format, dtype, heads, queries, keys, dim, rope, group):
+    check(latent_inputs(2, heads, queries, keys, dim, rope=rope, dtype=dtype), format, group, causal=True)
+
+
+@pytest.mark.parametrize("first", PACKED.values(), ids=PACKED)
+def test_latents_and_rotary_keys_may_be_packed_differently(backend, first):
+    tensors = latent_inputs(2, 3, 4, 20, 24)
+    queries, whole = (tensors["query_latent"], tensors["query_rope"]), [tensors[name] for name in SEQUENCES]
+    for second in ({"bits": 8, "code": "float"}, None):
+        cache = [x if f is None else pack_latents(x, **f) for x, f in zip(whole, (first, second), strict=True)]
+        values = [unpack_latents(x) if isinstance(x, PackedLatents) else x for x in cache]
+        found = latent_attention(*queries, *cache, scale=0.1, causal=True)
+        torch.testing.assert_close(found, latent_attention(*queries, *values, scale=0.1, causal=True))
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
@@ -107,15 +139,15 @@ def test_any_sizes_in_any_blocks(data):
         patch.setattr(cpu, "KEYS", data.draw(st.integers(1, 70)))
         patch.setattr(cpu, "ROWS", data.draw(st.integers(1, 70)))
         check(
-            *(tensors, data.draw(st.sampled_from([4, 8, None])), data.draw(st.integers(1, 70))),
+            *(tensors, data.draw(st.sampled_from([*PACKED.values(), None])), data.draw(st.integers(1, 70))),
             causal=data.draw(st.booleans()),
             scale=data.draw(st.sampled_from([0.3, -0.1, 0.0, 2.0])),
         )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("bits", [None, 4])
-def test_absorbed_is_expanded_attention(backend, dtype, bits):
+@each_format
+def test_absorbed_is_expanded_attention(backend, dtype, format):
     # Latents narrower and wider than a head with its rotary part: the scale must not depend on their width.
     heads, width, rotary, queries, keys = 4, 16, 8, 5, 40
     generator = torch.Generator().manual_seed(0)
@@ -128,8 +160,8 @@ def test_absorbed_is_expanded_attention(backend, dtype, bits):
         up_key, up_value = draw(heads, width, dim) / dim**0.5, draw(heads, width, dim) / dim**0.5
         query, query_rope = draw(2, heads, queries, width), draw(2, heads, queries, rotary)
         cache = [latent, rope]
-        if bits is not None:
-            cache = [pack_latents(x, bits=bits) for x in cache]
+        if format is not None:
+            cache = [pack_latents(x, **format) for x in cache]
             latent, rope = (unpack_latents(x, dtype=dtype) for x in cache)
         absorbed = torch.einsum("hdc,bhqd->bhqc", up_key, query)
         scale = 1 / math.sqrt(width + rotary)
@@ -158,11 +190,10 @@ def test_worked_by_hand(backend):
             torch.testing.assert_close(z.flatten(), share @ latent[0])
 
 
-@pytest.mark.parametrize("bits", [4, 8, None])
+@each_format
 @pytest.mark.usefixtures("small_blocks")
-def test_decoding_and_chunks_continue_the_full_causal_pass(backend, bits):
-    tensors = rounded(latent_inputs(2, 3, 30, 30, 24), bits or 8)
-    attend = plain if bits is None else packed(bits)
+def test_decoding_and_chunks_continue_the_full_causal_pass(backend, format):
+    tensors, attend = latent_inputs(2, 3, 30, 30, 24), attending(format)
     full = attend(**tensors, scale=0.3, causal=True)
     for first, last in ((29, 30), (12, 25), (0, 7)):
         chunk = {name: x[:, :, first:last] for name, x in tensors.items() if name.startswith("query")}
@@ -170,12 +201,12 @@ def test_decoding_and_chunks_continue_the_full_causal_pass(backend, bits):
         torch.testing.assert_close(attend(**chunk, scale=0.3, causal=True), full[:, :, first:last])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@each_packed
 @pytest.mark.usefixtures("small_blocks")
-def test_packed_latents_may_lie_in_a_larger_buffer(backend, bits):
+def test_packed_latents_may_lie_in_a_larger_buffer(backend, format):
     tensors = latent_inputs(2, 3, 4, 20, 35, rope=5)
     queries = tensors["query_latent"], tensors["query_rope"]
-    cache = [pack_latents(tensors[name], bits=bits, group_size=16) for name in SEQUENCES]
+    cache = [pack_latents(tensors[name], group_size=16, **format) for name in SEQUENCES]
     expected = latent_attention(*queries, *cache, scale=0.3, causal=True)
 
     def inside(x):
@@ -183,18 +214,17 @@ def test_packed_latents_may_lie_in_a_larger_buffer(backend, bits):
         room[1:, 7:27] = x
         return room[1:, 7:27]
 
-    views = [p._replace(codes=inside(p.codes), scales=inside(p.scales)) for p in cache]
+    views = [p.map(inside) for p in cache]
     assert latent_attention(*queries, *views, scale=0.3, causal=True).equal(expected)
     for layout in ("transposed", "sliced"):
-        strided = [p._replace(codes=lay_out(p.codes, layout), scales=lay_out(p.scales, layout)) for p in cache]
+        strided = [p.map(lambda x, layout=layout: lay_out(x, layout)) for p in cache]
         assert latent_attention(*queries, *strided, scale=0.3, causal=True).equal(expected)
 
 
-@pytest.mark.parametrize("bits", [4, 8, None])
+@each_format
 @pytest.mark.usefixtures("small_blocks")
-def test_left_padding_is_as_if_it_were_not_there(backend, bits):
-    tensors = rounded(latent_inputs(1, 3, 4, 20, 24), bits or 8)
-    attend = plain if bits is None else packed(bits)
+def test_left_padding_is_as_if_it_were_not_there(backend, format):
+    tensors, attend = latent_inputs(1, 3, 4, 20, 24), attending(format)
     alone = attend(**tensors, scale=0.3, causal=True)
     padded = {name: F.pad(tensors[name], (0, 0, 11, 0), value=math.nan) for name in SEQUENCES}
     mask = torch.arange(31).view(1, 1, 1, 31) >= 11
@@ -204,13 +234,13 @@ def test_left_padding_is_as_if_it_were_not_there(backend, bits):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", SEQUENCES)
-@pytest.mark.parametrize("bits", [4, 8, None])
+@pytest.mark.parametrize("format", [*list(PACKED.values())[:6], None], ids=[*list(PACKED)[:6], "plain"])  # with scales
 @pytest.mark.usefixtures("small_blocks")
-def test_only_rows_that_attend_a_nan_see_it(backend, bad, name, bits):
+def test_only_rows_that_attend_a_nan_see_it(backend, bad, name, format):
     tensors = latent_inputs(1, 2, 30, 30, 24)
     mask = torch.rand(30, 30, generator=torch.Generator().manual_seed(0)) < 0.5
     mask[3] = False
-    attend = plain if bits is None else packed(bits)
+    attend = attending(format)
     for options, sees in (({"mask": mask}, mask[:, 17]), ({"causal": True}, torch.arange(30) >= 17)):
         clean = attend(**tensors, scale=0.3, **options)
         poisoned = tensors | {name: tensors[name].clone()}
@@ -225,34 +255,31 @@ def test_only_rows_that_attend_a_nan_see_it(backend, bad, name, bits):
 def test_rows_that_attend_nothing_are_zero_whatever_they_hold(backend):
     tensors = latent_inputs(2, 3, 30, 20, 24)
     tensors["query_latent"][:, :, :10] = torch.nan
-    out = plain(**tensors, scale=0.3, causal=True)
+    out = attending()(**tensors, scale=0.3, causal=True)
     assert out[:, :, :10].eq(0).all()
     assert out[:, :, 10:].isfinite().all()
     mask = torch.ones(2, 1, 30, 1, dtype=torch.bool)
     mask[1, :, [3, 29]] = False
-    out = plain(**latent_inputs(2, 3, 30, 20, 24), mask=mask, scale=0.3)
+    out = attending()(**latent_inputs(2, 3, 30, 20, 24), mask=mask, scale=0.3)
     assert out[1, :, [3, 29]].eq(0).all()
     assert out.ne(0).any(-1).sum() == 2 * 3 * 30 - 6
 
 
-@pytest.mark.parametrize("bits", [4, None])
+@each_format
 @pytest.mark.usefixtures("small_blocks")
-def test_huge_scores(bits):
-    check(latent_inputs(1, 3, 7, 30, 24), bits, scale=1e4)
+def test_huge_scores(format):
+    check(latent_inputs(1, 3, 7, 30, 24), format, scale=1e4)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded"])
-@pytest.mark.parametrize("bits", [4, 8, None])
+@each_format
 @pytest.mark.usefixtures("small_blocks")
-def test_scratch_and_margins_are_never_read(layout, bits):
+def test_scratch_and_margins_are_never_read(layout, format):
     tensors = latent_inputs(2, 3, 5, 30, 35, rope=5, mask=(2, 1, 1, 30), layout=layout)
     queries = [tensors["query_latent"], tensors["query_rope"]]
-    cache = [tensors[name] if bits is None else pack_latents(tensors[name], bits=bits) for name in SEQUENCES]
+    cache = [tensors[name] if format is None else pack_latents(tensors[name], **format) for name in SEQUENCES]
     expected = latent_attention(*queries, *cache, scale=0.3, causal=True, mask=tensors["mask"])
-    if bits is not None:
-        cache = [p._replace(codes=with_margin(p.codes), scales=with_margin(p.scales)) for p in cache]
-    else:
-        cache = [with_margin(x) for x in cache]
+    cache = [with_margin(x) if format is None else x.map(with_margin) for x in cache]
     with poisoned_scratch():
         guarded = latent_attention(
             *map(with_margin, queries), *cache, scale=0.3, causal=True, mask=with_margin(tensors["mask"])
@@ -266,7 +293,7 @@ def test_whole_blocks_and_the_last_agree(monkeypatch):
     results = []
     for size in (64, 65):
         monkeypatch.setattr(cpu, "KEYS", size)
-        results.append(packed(4)(**tensors, scale=0.3))
+        results.append(attending(INTEGERS["4"])(**tensors, scale=0.3))
     torch.testing.assert_close(*results)
 
 
@@ -274,4 +301,6 @@ def test_a_permutation_of_the_keys_changes_nothing(backend):
     tensors = latent_inputs(2, 3, 5, 30, 24)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
     moved = tensors | {name: tensors[name][:, order] for name in SEQUENCES}
-    torch.testing.assert_close(packed(4)(**tensors, scale=0.3), packed(4)(**moved, scale=0.3))
+    torch.testing.assert_close(
+        attending(INTEGERS["4"])(**tensors, scale=0.3), attending(INTEGERS["4"])(**moved, scale=0.3)
+    )

@@ -14,19 +14,25 @@ def backend(request):
         yield request.param
 
 
-@pytest.mark.parametrize("queries", [0, 3])
-@pytest.mark.parametrize("mask", [None, (2, 1, 1, 7)])
-@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("packed", [None, {}, {"code": "asymmetric"}, {"code": "float", "scale_dtype": None}])
 @pytest.mark.parametrize("rope", [0, 5])
-@pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "transposed"), (torch.bfloat16, "contiguous")])
-def test_it_is_a_torch_op(queries, mask, bits, rope, dtype, layout):
+@pytest.mark.parametrize(
+    ("queries", "mask", "dtype", "layout"),
+    [
+        (3, None, torch.float32, "transposed"),
+        (3, (2, 1, 1, 7), torch.bfloat16, "contiguous"),
+        (0, (2, 1, 1, 7), torch.float32, "transposed"),
+        (3, (2, 1, 1, 7), torch.float32, "transposed"),
+    ],
+)
+def test_it_is_a_torch_op(queries, mask, packed, rope, dtype, layout):
     tensors = latent_inputs(2, 3, queries, 7, 8, rope=rope, mask=mask, dtype=dtype, layout=layout)
 
     def cached(name):
-        if name not in tensors or not bits:
-            return tensors.get(name), None, 0, 0
-        packed = pack_latents(tensors[name], bits=bits, group_size=4)
-        return packed.codes, packed.scales, bits, 4
+        if name not in tensors or packed is None:
+            return tensors.get(name), None, 0, 0, ""
+        x = pack_latents(tensors[name], group_size=4, **packed)
+        return x.codes, x.scales, x.bits, x.group_size, x.code
 
     shown = tensors["mask"].expand(2, 3, queries, 7) if mask else None
     query, query_rope = tensors["query_latent"], tensors.get("query_rope")
@@ -35,10 +41,10 @@ def test_it_is_a_torch_op(queries, mask, bits, rope, dtype, layout):
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@pytest.mark.parametrize("bits", [None, 4])
-def test_it_compiles_whole_and_for_any_length(backend, compiler, bits):
+@pytest.mark.parametrize("format", [None, {}, {"code": "float", "scale_dtype": None}])
+def test_it_compiles_whole_and_for_any_length(backend, compiler, format):
     def step(query, query_rope, latent, rope):
-        cache = (latent, rope) if bits is None else (pack_latents(latent, bits=bits), pack_latents(rope, bits=bits))
+        cache = (latent, rope) if format is None else (pack_latents(latent, **format), pack_latents(rope, **format))
         return latent_attention(query * 2, query_rope, *cache, scale=0.3, causal=True)
 
     torch.compiler.reset()
@@ -82,12 +88,12 @@ def test_there_is_no_gradient_but_in_the_reference():
         assert torch.autograd.gradcheck(lambda *a: latent_attention(*a, scale=0.3, causal=True), wide)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("format", [{}, {"bits": 8}, {"code": "float"}, {"code": "asymmetric", "bits": 8}])
 @pytest.mark.parametrize("queries", [1, 64])
-def test_no_unpacked_copy_of_the_cache_is_made(bits, queries):
+def test_no_unpacked_copy_of_the_cache_is_made(format, queries):
     def peak(keys):
         tensors = latent_inputs(1, 4, queries, keys, 512, rope=64)
-        cache = pack_latents(tensors["latent"], bits=bits), pack_latents(tensors["rope"], bits=bits)
+        cache = pack_latents(tensors["latent"], **format), pack_latents(tensors["rope"], **format)
         run = (tensors["query_latent"], tensors["query_rope"], *cache)
         return peak_memory(lambda: latent_attention(*run, scale=0.3, causal=True))
 

@@ -35,8 +35,10 @@ def latent_attention(
         s_ij = scale · (q̃_i · c_j + q_i · k_j)
         z_i  = Σ_j softmax_j(s_ij) c_j
 
-    and the caller applies W_UV,h to z. Packed latents are read as they lie, codes and scales; what is unpacked
-    at a time is a block, whatever Tk is. Products, softmax and sums are float32 also for half-precision inputs.
+    and the caller applies W_UV,h to z. Packed latents are read as they lie, codes and scales, whatever the codes
+    stand for; what is unpacked at a time is a block, whatever Tk is. Steps of channels, by which latents that have
+    no scales were divided, are for the caller to multiply into q̃ and z. Products, softmax and sums are float32 also
+    for half-precision inputs.
 
     An inference op: no gradient passes through it. Training attends to expanded keys and values, or takes
     `use_backend("reference")`, which is differentiable where the latents are plain tensors.
@@ -44,7 +46,7 @@ def latent_attention(
     Args:
         query_latent: q̃, `(B, H, Tq, Dc)`, float32, bfloat16, float16, or float64 (not on the triton backend).
         query_rope: `(B, H, Tq, Dr)`, rotated already, in query_latent's dtype; None without a rotary part.
-        latent: `(B, Tk, Dc)`, a tensor of any of the dtypes above, or what `pack_latents` made of one.
+        latent: `(B, Tk, Dc)`, a tensor of any of the dtypes above, or what `pack_latents` made of one, in any code.
         rope: `(B, Tk, Dr)`, likewise; rotated before it was packed. None where query_rope is.
         scale: of the scores. It has no default because what attention usually takes, 1/√(Dc + Dr), is wrong
             here: the products are those of the expanded keys, so it is 1/√(d_h + Dr), d_h the width of a head.
@@ -99,20 +101,22 @@ def _attend(
     latent_scales: Tensor | None,
     latent_bits: int,
     latent_group: int,
+    latent_code: str,
     rope: Tensor | None,
     rope_scales: Tensor | None,
     rope_bits: int,
     rope_group: int,
+    rope_code: str,
     mask: Tensor | None,
     causal: bool,
     scale: float,
     backend: str,
 ) -> Tensor:
     """Codes and scales side by side, for an op's arguments are tensors and numbers; 0 bits: a plain tensor."""
-    latents = _packed(latent, latent_scales, query_latent.shape[-1], latent_bits, latent_group)
+    latents = _packed(latent, latent_scales, query_latent.shape[-1], latent_bits, latent_group, latent_code)
     keys = None
     if query_rope is not None:
-        keys = _packed(rope, rope_scales, query_rope.shape[-1], rope_bits, rope_group)
+        keys = _packed(rope, rope_scales, query_rope.shape[-1], rope_bits, rope_group, rope_code)
     if backend == "cpu":
         return cpu.forward(query_latent, query_rope, latents, keys, mask, causal, scale)
     from . import triton
@@ -135,14 +139,14 @@ def _refuse(ctx, grad):
 _attend.register_autograd(_refuse)
 
 
-def _flat(x: Latents | None) -> tuple[Tensor | None, Tensor | None, int, int]:
+def _flat(x: Latents | None) -> tuple[Tensor | None, Tensor | None, int, int, str]:
     if isinstance(x, PackedLatents):
-        return x.codes, x.scales, x.bits, x.group_size
-    return x, None, 0, 0
+        return x.codes, x.scales, x.bits, x.group_size, x.code
+    return x, None, 0, 0, ""
 
 
-def _packed(x: Tensor, scales: Tensor | None, width: int, bits: int, group_size: int) -> Latents:
-    return x if scales is None else PackedLatents(x, scales, width, bits, group_size)
+def _packed(x: Tensor, scales: Tensor | None, width: int, bits: int, group_size: int, code: str) -> Latents:
+    return x if bits == 0 else PackedLatents(x, scales, width, bits, group_size, code)
 
 
 def _check(

@@ -5,10 +5,11 @@ side, serves two matrix products: the scores of all rows, and their weighted sum
 to leave them out would cost more than it saves.) The softmax runs over the blocks: per row a maximum, a sum and
 z, rescaled whenever the maximum grows. Extra memory is one block and its scores, whatever Tk is.
 
-Two 4-bit codes of a byte come out as int8 numbers, 16 times too large, by one instruction each: a shift, and a
+Two 4-bit integers of a byte come out as 8-bit numbers, 16 times too large, by one instruction each: a shift, and a
 mask; the scales take the 16 back, exactly. A table of the 256 bytes was slower by a factor of 10. Nor was anything
 gained by leaving the scales out of the block and multiplying them into products, s = Σ_g scale_g·(q_g·code_g):
-fewer multiplications, but thinner matrix products.
+fewer multiplications, but thinner matrix products. Minifloats become float16 by two shifts and a mask, which takes
+twice as long; torch's own conversion of E4M3 took 14 times as long.
 
 Floor of a decoding step: 2·H·(2·Dc + Dr) floating-point operations a key (34,816 with 16 heads, latents of 512
 and rotary keys of 64) against (Dc + Dr)/2 bytes and some scales in 4 bits: 117 operations a byte, where
@@ -16,17 +17,20 @@ attention over keys and values of 16 heads of 128 has 8,192 operations and 16 Ki
 by arithmetic, the second by memory.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .. import onednn
-from .packing import PackedLatents
+from .packing import FLOAT16_MASK, FLOAT16_POWER, FLOAT16_SHIFT, PackedLatents
 
 KEYS = 1024  # of a block: 2.3 MB of float32 at Dc + Dr = 576
 TERMS = 512  # that oneDNN adds up one after the other; MKL sums by pieces anyway
 ROWS = 1024  # query rows, all heads counted, that take part in a product
 
 Latents = Tensor | PackedLatents
+Scratch = dict[torch.dtype, Tensor]  # the same memory, for codes on their way
 
 
 @torch.autocast("cpu", enabled=False)  # the op has cast its inputs; the products here stay in float32
@@ -50,7 +54,8 @@ def forward(
     wide = torch.promote_types(queries.dtype, torch.float32)
     # Allocated once: fresh pages cost as much time as a pass over them.
     buffer = torch.empty(min(KEYS, Tk), queries.shape[-1], dtype=wide)
-    scratch = torch.empty(buffer.numel() // 2 + len(buffer), dtype=torch.int8)
+    scratch = torch.empty(buffer.numel() + len(buffer), dtype=torch.int16)
+    scratch = {dtype: scratch.view(dtype) for dtype in (torch.int16, torch.int8, torch.uint8)}
     height = max(1, ROWS // H)
     for b in range(B):
         for r in range(first, Tq, height):
@@ -72,7 +77,7 @@ def _attend(
     causal: bool,
     scale: float,
     buffer: Tensor,
-    scratch: Tensor,
+    scratch: Scratch,
 ) -> Tensor:
     """Z of the query rows `rows` of all heads of a batch entry, stacked; what it has beyond Dc is of no use."""
     n, Tk = rows.stop - rows.start, latent.shape[1]
@@ -120,25 +125,53 @@ def _hidden(mask: Tensor | None, b: int, rows: slice, keys: slice, offset: int, 
     return hidden
 
 
-def _unpack(x: Latents, b: int, keys: slice, out: Tensor, scratch: Tensor) -> None:
+def _unpack(x: Latents, b: int, keys: slice, out: Tensor, scratch: Scratch) -> None:
     """The vectors `keys` of batch entry `b` into `out`; `scratch` takes codes on their way."""
     if isinstance(x, Tensor):
         out.copy_(x[b, keys])
         return
-    codes, scales = x.codes[b, keys].view(torch.int8), x.scales[b, keys].to(out.dtype)
-    if x.bits == 8:
+    codes, half, factor = x.codes[b, keys], x.codes.shape[2], 1.0
+    if x.code == "symmetric":
+        codes = codes.view(torch.int8)
+    if x.code == "float":
+        factor = FLOAT16_POWER[x.bits]
+        if x.bits == 8:
+            out.copy_(_minifloats(codes, 8, x, scratch))
+        else:
+            out[:, :half] = _minifloats(codes, 12, x, scratch)
+            out[:, half:] = _minifloats(codes, 8, x, scratch)[:, : x.width - half]
+    elif x.bits == 8:
         out.copy_(codes)
     else:
-        half = codes.shape[1]
-        moved = scratch[: codes.numel()].view(codes.shape)
+        factor = 1 / 16
+        moved = scratch[codes.dtype][: codes.numel()].view(codes.shape)
         out[:, :half] = torch.bitwise_left_shift(codes, 4, out=moved)
         out[:, half:] = torch.bitwise_and(codes, -16, out=moved)[:, : x.width - half]
-        scales = scales / 16
-    whole = x.width // x.group_size * x.group_size
+    if x.scales is None:
+        if factor != 1.0:
+            out.mul_(factor)
+        return
+    scales, offsets = x.scales[b, keys].to(out.dtype), None
+    if x.code == "asymmetric":
+        scales, offsets = scales.chunk(2, 1)
+    _per_group(Tensor.mul_, out, scales if factor == 1.0 else scales * factor, x.group_size)
+    if offsets is not None:
+        _per_group(Tensor.add_, out, offsets, x.group_size)
+
+
+def _minifloats(codes: Tensor, shift: int, x: PackedLatents, scratch: Scratch) -> Tensor:
+    """Codes that `shift` brings to the top of an int16, as float16."""
+    moved = scratch[torch.int16][: codes.numel()].view(codes.shape).copy_(codes).bitwise_left_shift_(shift)
+    return moved.bitwise_right_shift_(FLOAT16_SHIFT[x.bits]).bitwise_and_(FLOAT16_MASK[x.bits]).view(torch.float16)
+
+
+def _per_group(change: Callable[[Tensor, Tensor], Tensor], out: Tensor, numbers: Tensor, size: int) -> None:
+    """`change` made in place, by one of the `numbers` for each group of columns."""
+    whole = out.shape[1] // size * size
     if whole:
-        out[:, :whole].unflatten(1, (-1, x.group_size)).mul_(scales[:, : whole // x.group_size, None])
-    if whole < x.width:
-        out[:, whole:].mul_(scales[:, -1:])
+        change(out[:, :whole].unflatten(1, (-1, size)), numbers[:, : whole // size, None])
+    if whole < out.shape[1]:
+        change(out[:, whole:], numbers[:, -1:])
 
 
 def _quarantine(block: Tensor) -> Tensor | None:

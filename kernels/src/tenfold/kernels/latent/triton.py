@@ -11,8 +11,9 @@ split, over its tiles, with S = scale·(q̃·c + q·k):
 Vectors are handled in two halves, first and second columns: the two codes of a byte, and two accumulators, for
 one of 512 columns would need a tile of shared memory and registers that no chip has.
 
-A code z becomes a number without a conversion, of which a chip does few at a time: 2²³ + z + 8 has z + 8 in its
-last bits, so those are set by one logical instruction, and a subtraction leaves z.
+An integer code z becomes a number without a conversion, of which a chip does few at a time: 2²³ + z + 8 has z + 8
+in its last bits, so those are set by one logical instruction, and a subtraction leaves z. A minifloat's bits are
+shifted into a float16, which is converted: exact for subnormal numbers, which a float32 made in this way might lose.
 
 The floor of a step, from a cache in 4 bits: (Dc + Dr)/2 bytes and the scales a key, 298 at 512 + 64 with groups
 of 128, against 2·H·(2·Dc + Dr) operations. At 16 heads that is 117 operations a byte, under an H100's ridge of
@@ -63,7 +64,8 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     r = None if query_rope is None else _readable(query_rope)
     M = H * Tq
-    rows, keys, warps, stages = tiles(q.dtype, M, architecture(q))
+    layouts = _layout(latent), None if rope is None else _layout(rope)
+    rows, keys, warps, stages = tiles(q.dtype, M, architecture(q), layouts[0])
     blocks = B * triton.cdiv(M, rows)
     share = triton.cdiv(triton.cdiv(Tk, keys), triton.cdiv(PROGRAMS, blocks)) * keys  # keys of a split
     splits = triton.cdiv(Tk, share)
@@ -82,8 +84,8 @@ def forward(
             MASK=mask is not None,
             HIDES=hides,
             PRECISION=_precision(),
-            LATENT=_layout(latent),
-            ROPE=None if rope is None else _layout(rope),
+            LATENT=layouts[0],
+            ROPE=layouts[1],
             BLOCK_M=rows,
             BLOCK_N=keys,
             num_warps=warps,
@@ -95,17 +97,23 @@ def forward(
     return out.to(query_latent.dtype)
 
 
-def tiles(dtype: torch.dtype, rows: int, architecture: str) -> tuple[int, int, int, int]:
+def tiles(dtype: torch.dtype, rows: int, architecture: str, latent: tuple) -> tuple[int, int, int, int]:
     """Query rows and keys of a tile, warps of a program, and stages of its pipeline of loads.
 
-    The largest tried that spill no register at 512 + 64 columns, in 4 and 8 bits (tests/kernels/test_latent_aot.py).
+    The largest tried that spill no register at 512 + 64 columns, in 4 and 8 bits (tests/kernels/test_latent_aot.py),
+    for latents of that layout: offsets take registers of their own.
     """
     warps = 4 if architecture.startswith("gfx") else 8
     if architecture == "interpreter":  # which takes its time by the operation, however large
         return (16 if rows <= 16 else 64, 64, 4, 1)
     if dtype == torch.float32:
         return (16, 16, warps, 1)
-    if rows <= 16 or architecture not in ("sm_80", "sm_90", "sm_100", "sm_103", "gfx942"):
+    _, bits, group, _, _, code = latent
+    if code == "asymmetric":
+        return (16, 16, warps, 2)
+    unscaled = bits > 0 and group == 0
+    wide = ("sm_80", "sm_90", "gfx942") if unscaled else ("sm_80", "sm_90", "sm_100", "sm_103", "gfx942")
+    if rows <= 16 or architecture not in wide:
         return (16, 32, warps, 2)
     return (32, 32, warps, 2)
 
@@ -132,28 +140,33 @@ def _stored(x: Latents) -> tuple[object, ...]:
     if isinstance(x, Tensor):
         x = _readable(x)
         return x, *x.stride()[:2], None, 0, 0
-    codes, scales = _readable(x.codes), _readable(x.scales)
+    codes = _readable(x.codes)
+    if x.scales is None:
+        return codes, *codes.stride()[:2], None, 0, 0
+    scales = _readable(x.scales)
     return codes, *codes.stride()[:2], scales, *scales.stride()[:2]
 
 
-def _layout(x: Latents) -> tuple[int, int, int, int, int]:
-    """Width, bits (0: not packed), group size, columns of a half's tile, and the groups of a half.
+def _layout(x: Latents) -> tuple[int, int, int, int, int, str]:
+    """Width, bits (0: not packed), group size (0: no scales), columns of a half's tile, groups of a half, and the code.
 
-    Those are 0 where groups and halves do not meet, or where a tile cannot be cut into them: slower.
+    The groups are 0 where groups and halves do not meet, or where a tile cannot be cut into them: slower.
     """
     width = x.shape[-1]
     half = (width + 1) // 2
     block = max(16, triton.next_power_of_2(half))
     if isinstance(x, Tensor):
-        return width, 0, 1, block, 0
+        return width, 0, 0, block, 0, ""
     group = x.group_size
-    if group >= width:
+    if x.scales is None:
+        group = groups = 0
+    elif group >= width:
         groups = 1
     elif half == block and half % group == 0:
         groups = half // group
     else:
         groups = 0
-    return width, x.bits, group, block, groups
+    return width, x.bits, group, block, groups, x.code
 
 
 @triton.jit
@@ -297,56 +310,88 @@ def _vectors(
     """The two halves of a tile of vectors, zeros beyond them and from row `left` on."""
     D: tl.constexpr = LAYOUT[0]
     BITS: tl.constexpr = LAYOUT[1]
+    GROUP: tl.constexpr = LAYOUT[2]
     BLOCK: tl.constexpr = LAYOUT[3]
+    CODE: tl.constexpr = LAYOUT[5]
     HALF: tl.constexpr = (D + 1) // 2
+    POWER: tl.constexpr = 16384.0 if BITS == 4 else 256.0  # between a minifloat's bias and float16's
     rows, columns = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK)[None, :]
     pointers = ptr + offset + rows * stride + columns
     in_low = (rows < left) & (columns < HALF)
     in_high = (rows < left) & (columns < D - HALF)
     if BITS == 4:
-        codes = tl.load(pointers, mask=in_low, other=0).to(tl.int32)
-        low, high = _number(codes & 15, 8), _number(codes >> 4, 8)
+        codes = tl.load(pointers, mask=in_low, other=0)
+        low, high = _numbers(codes, 4, LAYOUT), _numbers(codes, 0, LAYOUT)
     elif BITS == 8:
-        low = _number(tl.load(pointers, mask=in_low, other=0).to(tl.int32), 128)
-        high = _number(tl.load(pointers + HALF, mask=in_high, other=0).to(tl.int32), 128)
+        low = _numbers(tl.load(pointers, mask=in_low, other=0), 0, LAYOUT)
+        high = _numbers(tl.load(pointers + HALF, mask=in_high, other=0), 0, LAYOUT)
     else:
         low = tl.load(pointers, mask=in_low, other=0.0)
         high = tl.load(pointers + HALF, mask=in_high, other=0.0)
-    if BITS > 0:
+    if GROUP > 0:
         scales_ptr += scales_offset
-        low = _scaled(low, scales_ptr, scales_stride, left, 0, LAYOUT, BLOCK_N)
-        high = _scaled(high, scales_ptr, scales_stride, left, HALF, LAYOUT, BLOCK_N)
+        low = _scaled(low, scales_ptr, scales_stride, left, 0, POWER, LAYOUT, BLOCK_N)
+        high = _scaled(high, scales_ptr, scales_stride, left, HALF, POWER, LAYOUT, BLOCK_N)
+    elif CODE == "float":
+        low *= POWER
+        high *= POWER
     return low.to(DTYPE), high.to(DTYPE)
 
 
 @triton.jit
-def _number(code, sign: tl.constexpr):
-    """Two's complement in the last bits of an int32, `sign` its highest, as float32, without a conversion."""
-    return ((code ^ sign) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + sign)
+def _numbers(codes, SHIFT: tl.constexpr, LAYOUT: tl.constexpr):
+    """Codes in uint8 as float32, once shifted to the left by `SHIFT` to the top of their bytes."""
+    BITS: tl.constexpr = LAYOUT[1]
+    CODE: tl.constexpr = LAYOUT[5]
+    if CODE == "float":  # numbers as packing has them: sign, exponent and mantissa at the float16's places
+        half = (codes.to(tl.int16) << (8 + SHIFT)) >> (3 if BITS == 4 else 1)
+        numbers = (half & (-0x7200 if BITS == 4 else -0x4080)).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        SIGN: tl.constexpr = 0 if CODE == "asymmetric" else 1 << (BITS - 1)
+        codes = codes.to(tl.int32)
+        if BITS == 4:
+            codes = codes & 15 if SHIFT == 4 else codes >> 4
+        numbers = ((codes ^ SIGN) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + SIGN)
+    return numbers
 
 
 @triton.jit
-def _scaled(codes, scales_ptr, stride, left, begin: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A half of a tile, from column `begin`, times the scales of its groups."""
+def _scaled(
+    numbers, scales_ptr, stride, left,
+    begin: tl.constexpr, POWER: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A half of a tile, from column `begin`, times the scales of its groups, plus their offsets if they have any."""
+    scales = _per_group(scales_ptr, stride, left, begin, LAYOUT, BLOCK_N)
+    if LAYOUT[5] == "float":
+        scales *= POWER
+    numbers *= scales
+    if LAYOUT[5] == "asymmetric":
+        scales_ptr += (LAYOUT[0] + LAYOUT[2] - 1) // LAYOUT[2]
+        numbers += _per_group(scales_ptr, stride, left, begin, LAYOUT, BLOCK_N)
+    return numbers
+
+
+@triton.jit
+def _per_group(ptr, stride, left, begin: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What is stored for each group of a half of a tile, from column `begin`, in a shape that goes with the tile's."""
     D: tl.constexpr = LAYOUT[0]
     GROUP: tl.constexpr = LAYOUT[2]
     BLOCK: tl.constexpr = LAYOUT[3]
     GROUPS: tl.constexpr = LAYOUT[4]
     rows = tl.arange(0, BLOCK_N)
     if GROUPS == 1:
-        scales = tl.load(scales_ptr + rows * stride + begin // GROUP, mask=rows < left, other=0.0)
-        codes *= scales.to(tl.float32)[:, None]
+        found = tl.load(ptr + rows * stride + begin // GROUP, mask=rows < left, other=0.0).to(tl.float32)[:, None]
     elif GROUPS > 1:
         places = rows[:, None] * stride + begin // GROUP + tl.arange(0, GROUPS)[None, :]
-        scales = tl.load(scales_ptr + places, mask=(rows < left)[:, None], other=0.0).to(tl.float32)
-        groups = tl.reshape(codes, (BLOCK_N, GROUPS, BLOCK // GROUPS)) * scales[:, :, None]
-        codes = tl.reshape(groups, (BLOCK_N, BLOCK))
+        found = tl.load(ptr + places, mask=(rows < left)[:, None], other=0.0).to(tl.float32)
+        found = tl.broadcast_to(found[:, :, None], (BLOCK_N, GROUPS, BLOCK // GROUPS))
+        found = tl.reshape(found, (BLOCK_N, BLOCK))
     else:
         columns = begin + tl.arange(0, BLOCK)
         places = rows[:, None] * stride + (columns // GROUP)[None, :]
         inside = (rows < left)[:, None] & (columns < D)[None, :]
-        codes *= tl.load(scales_ptr + places, mask=inside, other=0.0).to(tl.float32)
-    return codes
+        found = tl.load(ptr + places, mask=inside, other=0.0).to(tl.float32)
+    return found
 
 
 @triton.jit

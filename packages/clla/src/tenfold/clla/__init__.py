@@ -6,6 +6,7 @@ from .config import CLLAConfig, sharing_layout
 from .ladder import rung
 from .model import CLLAForCausalLM, CLLAModel, register
 from .module import CLLAModule
+from .steps import calibrate_steps
 
 __all__ = [
     "CLLACache",
@@ -14,6 +15,7 @@ __all__ = [
     "CLLAModel",
     "CLLAModule",
     "bytes_per_token",
+    "calibrate_steps",
     "register",
     "rung",
     "sharing_layout",

@@ -8,7 +8,8 @@ With g the producer of layer l (g = s·⌊l/s⌋ for adjacent runs of s) and ⟨
                      o_t,i = Σ_j softmax_j(s)_j W_UV,i ⟨c_j⟩,   out = W_O [o_t,1; …]
 
 `⟨·⟩` rounds to the cache's bits, in training too and for the current token too, so that a model is trained on what
-it will read. A reader has no W_DKV and no W_KR, and caches nothing. Sharing by CLA (arXiv 2405.12981), latents by
+it will read. A reader has no W_DKV and no W_KR, and caches nothing. With static scales per channel, c is cached in
+units of its steps, which all W_UK and W_UV of the run take up (`steps`). Sharing by CLA (arXiv 2405.12981), latents by
 MLA (DeepSeek-V2, arXiv 2405.04434); their combination is a reconstruction of arXiv 2410.15252.
 """
 
@@ -25,6 +26,7 @@ from tenfold.kernels import PackedLatents, latent_attention
 from .cache import CLLACache
 from .config import CLLAConfig
 from .formats import Stored, dense
+from .steps import initial_step, learned_step
 
 
 class Entry(NamedTuple):
@@ -33,6 +35,7 @@ class Entry(NamedTuple):
     first: Stored  # latents, or keys
     second: Stored | None  # rotary keys, or values
     past: bool  # whether there is more than this pass's tokens
+    steps: Tensor | None = None  # that latents are stored in units of
     up: tuple[Tensor, Tensor] | None = None  # the producer's up-projections
 
 
@@ -101,6 +104,9 @@ class LatentAttention(_Attention):
             self.kv_down_proj = nn.Linear(dim, config.latent_dim, bias=bias)
             weighted = config.latent_norm and config.quantizer == "after_norm"
             self.kv_norm = LlamaRMSNorm(config.latent_dim, config.rms_norm_eps) if weighted else nn.Identity()
+            if config.cache_scales == "channel":
+                step = initial_step(config.cache_formats(layer_idx)[0])
+                self.latent_steps = nn.Parameter(torch.full((config.latent_dim,), step))
         self.makes_rope = rotary > 0 and (self.produces or config.rope_key == "own")
         if self.makes_rope:
             self.k_rope_proj = nn.Linear(dim, rotary, bias=bias)
@@ -116,17 +122,19 @@ class LatentAttention(_Attention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: CLLACache | None = None,
+        past_key_values: CLLACache | None = None,  # by its name until transformers 5.24, and from then on
+        cache: CLLACache | None = None,
         *,
         shared: dict[int, Entry],
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states `(B, T, dim)` to the same, and the weights where transformers' function gives them."""
+        cache = past_key_values if cache is None else cache
         content, rotary = self._queries(hidden_states).split([self.head_dim, self.rotary], dim=-1)
         new_rope = self.k_rope_proj(hidden_states)[:, None] if self.makes_rope else None
         if self.rotary:
             rotary, new_rope = rotate(rotary, new_rope, position_embeddings)
-        entry = self._entry(hidden_states, new_rope, past_key_values, shared)
+        entry = self._entry(hidden_states, new_rope, cache, shared)
         if entry.past:
             return self._absorbed(content, rotary, entry, attention_mask), None
 
@@ -145,18 +153,29 @@ class LatentAttention(_Attention):
     ) -> Entry:
         """What this layer attends to: made and left for the run by a producer, taken up by its readers."""
         if self.produces:
-            latent = self.kv_norm(self.kv_down_proj(hidden))[:, None]
-            up = (self.k_up_proj.weight, self.v_up_proj.weight)
-            shared[self.layer_idx] = entry = Entry(*self._store(latent, new_rope, cache), up)
+            latent, steps = self.kv_norm(self.kv_down_proj(hidden))[:, None], None
+            format = self.config.cache_formats(self.layer_idx)[0]
+            if not format.scales:
+                steps = learned_step(self.latent_steps, format)
+                latent = latent.to(torch.promote_types(latent.dtype, torch.float32)) / steps
+            entry = Entry(*self._store(latent, new_rope, cache), steps)
+            shared[self.layer_idx] = entry = entry._replace(up=self._up(steps))
         else:
             entry = shared[self.producer]
             if new_rope is not None:
                 entry = entry._replace(second=self._store(new_rope, None, cache)[0])
             if self.expands:
-                entry = entry._replace(up=(self.k_up_proj.weight, self.v_up_proj.weight))
+                entry = entry._replace(up=self._up(entry.steps))
         if cache is not None and self.is_last_reader:
             del shared[self.producer]  # with offloading, this is the last of the run's cache on the device
         return entry
+
+    def _up(self, steps: Tensor | None) -> tuple[Tensor, Tensor]:
+        """W_UK and W_UV, for latents in units of `steps`."""
+        keys, values = self.k_up_proj.weight, self.v_up_proj.weight
+        if steps is None:
+            return keys, values
+        return keys * steps[: keys.shape[1]], values * steps[-values.shape[1] :]
 
     def _absorbed(self, content: Tensor, rotary: Tensor, entry: Entry, mask: Tensor | None) -> Tensor:
         """The same attention over the cache as it lies: W_UK moved to the query, W_UV to the output."""
@@ -196,13 +215,14 @@ class HeadsAttention(_Attention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: CLLACache | None = None,
+        past_key_values: CLLACache | None = None,  # by its name until transformers 5.24, and from then on
+        cache: CLLACache | None = None,
         *,
         shared: dict[int, Entry],
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states `(B, T, dim)` to the same, and the weights where transformers' function gives them."""
-        new_key = None
+        cache, new_key = past_key_values if cache is None else cache, None
         if self.produces:
             heads = (self.config.num_key_value_heads, -1)
             new_key, value = (
@@ -210,9 +230,9 @@ class HeadsAttention(_Attention):
             )
         query, new_key = rotate(self._queries(hidden_states), new_key, position_embeddings)
         if self.produces:
-            shared[self.layer_idx] = Entry(*self._store(new_key, value, past_key_values))
+            shared[self.layer_idx] = Entry(*self._store(new_key, value, cache))
         key, value = (dense(x, query.dtype) for x in shared[self.producer][:2])
-        if past_key_values is not None and self.is_last_reader:
+        if cache is not None and self.is_last_reader:
             del shared[self.producer]
         return self._attend(query, key, value, attention_mask, **kwargs)
 
@@ -238,4 +258,4 @@ def boolean(mask: Tensor | None) -> Tensor | None:
 
 def _one_head(x: Stored) -> Stored:
     """`(B, 1, T, ·)` as `(B, T, ·)`, packed or not."""
-    return x._replace(codes=x.codes[:, 0], scales=x.scales[:, 0]) if isinstance(x, PackedLatents) else x[:, 0]
+    return x.map(lambda part: part[:, 0]) if isinstance(x, PackedLatents) else x[:, 0]

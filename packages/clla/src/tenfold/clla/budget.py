@@ -42,7 +42,8 @@ def bytes_per_token(config: CLLAConfig, *, element_size: int = 2, scales: bool =
         heads   ⌈L/s⌉ · 2 · n_kv · (d_h·q/8 + 2·⌈d_h/g⌉)
         latent  ⌈L/s⌉ · (d_c·q_c/8 + 2·⌈d_c/g⌉ + d_r·q_r/8 + 2·⌈d_r/g⌉)
 
-    and `element_size` bytes a number, without scales, in 16 bits.
+    and `element_size` bytes a number, without scales, in 16 bits. Asymmetric codes have an offset beside each scale,
+    4 bytes for 2; with scales per channel those of the latent, 2·⌈d_c/g⌉, are not there.
 
     Args:
         config: of the model.
@@ -80,7 +81,8 @@ def budget(config: str = "paper", memory: float = 80.0, kv_heads: int | None = N
     costs = ladder_costs(base, kv_heads=kv_heads)
     title = (
         f"{base.num_hidden_layers} layers of {base.num_attention_heads} heads of {base.head_dim}, latent "
-        f"{base.latent_dim}, rotary key {base.rope_dim}, {base.share_factor} layers a cache"
+        f"{base.latent_dim}, rotary key {base.rope_dim}, {base.share_factor} layers a cache, "
+        f"{base.cache_code} codes, scales per {base.cache_scales}"
     )
     table = Table(
         "rung", "bits", "bytes per token", "of MHA", f"tokens in {memory:g} GB", "", title=title, title_justify="left"

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
-from tenfold.kernels import PackedLatents
-
 from .config import CLLAConfig
-from .formats import Format, Stored
+from .formats import Format, Stored, parts
 
 PAGE = 64  # tokens: buffers are whole pages long
 
@@ -29,23 +27,20 @@ class Stream:
 
     def append(self, x: Tensor) -> Stored:
         """Store `x`, `(B, heads, T, width)`, after what is there; all of it, as it lies. No gradient passes."""
-        parts = _parts(self.format.pack(x.detach()))
-        self._check(x, parts)
+        new = parts(self.format.pack(x.detach()))
+        self._check(x, new)
         if self.buffers and self.buffers[0].device != x.device:
             self.move(x.device)
         end = self.length + x.shape[2]
-        self._reserve(end, parts)
-        for buffer, part in zip(self.buffers, parts, strict=True):
+        self._reserve(end, new)
+        for buffer, part in zip(self.buffers, new, strict=True):
             buffer[:, :, self.length : end] = part
         self.length, self.device = end, x.device
         return self.read()
 
     def read(self) -> Stored:
         """Views of what is stored."""
-        parts = tuple(buffer[:, :, : self.length] for buffer in self.buffers)
-        if self.format.bits == 16:
-            return parts[0]
-        return PackedLatents(*parts, self.format.width, self.format.bits, self.format.group)
+        return self.format.stored(tuple(buffer[:, :, : self.length] for buffer in self.buffers))
 
     def take(self, rows: Tensor) -> None:
         """Replace the batch by its `rows`."""
@@ -55,14 +50,14 @@ class Stream:
         """Put the buffers on `device`."""
         self.buffers = tuple(buffer.to(device, non_blocking=True) for buffer in self.buffers)
 
-    def load(self, parts: tuple[Tensor, ...]) -> None:
-        """Take over the `parts` that `_parts(read())` gave."""
+    def load(self, saved: tuple[Tensor, ...]) -> None:
+        """Take over what `parts(read())` gave."""
         self.buffers, self.length = (), 0
-        if parts:
-            self._reserve(parts[0].shape[2], parts)
-            for buffer, part in zip(self.buffers, parts, strict=True):
+        if saved:
+            self._reserve(saved[0].shape[2], saved)
+            for buffer, part in zip(self.buffers, saved, strict=True):
                 buffer[:, :, : part.shape[2]] = part
-            self.length, self.device = parts[0].shape[2], parts[0].device
+            self.length, self.device = saved[0].shape[2], saved[0].device
 
     def _reserve(self, length: int, like: tuple[Tensor, ...]) -> None:
         capacity = self.buffers[0].shape[2] if self.buffers else 0
@@ -79,7 +74,7 @@ class Stream:
                 grown[:, :, : self.length] = old[i][:, :, : self.length]
             self.buffers += (grown,)
 
-    def _check(self, x: Tensor, parts: tuple[Tensor, ...]) -> None:
+    def _check(self, x: Tensor, new: tuple[Tensor, ...]) -> None:
         B, heads, T, width = x.shape
         if (heads, width) != (self.format.heads, self.format.width):
             raise ValueError(
@@ -88,8 +83,8 @@ class Stream:
             )
         if self.buffers and self.buffers[0].shape[0] != B:
             raise ValueError(f"past_key_values: holds {self.buffers[0].shape[0]} sequences, got {B}")
-        if self.buffers and self.buffers[0].dtype != parts[0].dtype:
-            raise ValueError(f"past_key_values: holds {self.buffers[0].dtype}, got {parts[0].dtype}")
+        if self.buffers and self.buffers[0].dtype != new[0].dtype:
+            raise ValueError(f"past_key_values: holds {self.buffers[0].dtype}, got {new[0].dtype}")
         if self.max_length is not None and self.length + T > self.max_length:
             raise ValueError(f"past_key_values: made for {self.max_length} tokens, got {self.length + T}")
 
@@ -214,7 +209,7 @@ class CLLACache(Cache):
         """
         formats = [config.cache_formats(layer) for layer in range(config.num_hidden_layers)]
         if formats != self.formats or list(config.cache_producers) != self.producers:
-            raise ValueError("past_key_values: made for another config: layers, sharing, sizes or bits differ")
+            raise ValueError("past_key_values: made for another config: layers, sharing, sizes, bits or codes differ")
 
     def nbytes(self) -> int:
         """Bytes of all storage: codes, scales and slack."""
@@ -223,10 +218,10 @@ class CLLACache(Cache):
     def state_dict(self) -> dict[str, Any]:
         """The codes and scales, less the slack, as tensors that `torch.save` and `weights_only=True` can take."""
         return {
-            f"{name}.{i}": part.clone()
+            f"{name}.{kind}": part.clone()
             for name, stream in self._streams()
             if stream.buffers
-            for i, part in enumerate(_parts(stream.read()))
+            for kind, part in zip(stream.format.names, parts(stream.read()), strict=True)
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -237,19 +232,16 @@ class CLLACache(Cache):
         """
         expected = {}
         for name, stream in self._streams():
-            like = _parts(stream.format.pack(torch.zeros(1, stream.format.heads, 1, stream.format.width)))
-            expected |= {f"{name}.{i}": part.shape[3:] + part.shape[1:2] for i, part in enumerate(like)}
+            like = parts(stream.format.pack(torch.zeros(1, stream.format.heads, 1, stream.format.width)))
+            for kind, part in zip(stream.format.names, like, strict=True):
+                expected[f"{name}.{kind}"] = part.shape[3:] + part.shape[1:2]
         found = {name: part.shape[3:] + part.shape[1:2] for name, part in state.items()}
         if state and (found != expected or len({(part.shape[0], part.shape[2]) for part in state.values()}) != 1):
             raise ValueError("state: saved from a cache of another config, or not whole")
         for name, stream in self._streams():
-            stream.load(tuple(state[key] for key in sorted(state) if key.rpartition(".")[0] == name))
+            stream.load(tuple(state[f"{name}.{kind}"] for kind in stream.format.names) if state else ())
 
     def _streams(self):
         for index, layer in enumerate(self.layers):
             for number, stream in enumerate(getattr(layer, "streams", ())):
                 yield f"layers.{index}.{number}", stream
-
-
-def _parts(x: Stored) -> tuple[Tensor, ...]:
-    return (x.codes, x.scales) if isinstance(x, PackedLatents) else (x,)

@@ -1,13 +1,14 @@
 """The configuration of a CLLA model, which is every rung of the ladder from MHA to CLLA."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from transformers import LlamaConfig
 
-from .formats import BITS, Format
+from .formats import BITS, Code, Format
 
 Layout = Literal["adjacent", "trailing", "sandwich"]
+Scales = Literal["token", "channel"]
 
 
 def sharing_layout(layout: Layout, layers: int, share_factor: int) -> list[int]:
@@ -53,6 +54,12 @@ class CLLAConfig(LlamaConfig):
         query_dim: width of a query latent; None: queries come straight from the hidden state.
         cache_bits: 4, 8, or 16 for the model's own dtype.
         rope_bits: of the rotary key; by default `cache_bits`.
+        cache_code: what 4 or 8 bits stand for: `symmetric` integers; `asymmetric` ones, with an offset beside each
+            scale; or `float`: E2M1 (FP4) and E4M3 (FP8).
+        rope_code: of the rotary key; by default `cache_code`. With `rope_bits` 8, `float` is serving stacks' FP8 key.
+        cache_scales: `token`: a float16 scale for each token and group. `channel`: for each channel of the latent one
+            step that is a parameter, trained with the model (LSQ) or set by `calibrate_steps`, of which the cache
+            holds nothing. Rotary keys, which no norm keeps in range, have scales per token in both cases.
         group_size: numbers that share a scale; None is one scale per vector.
         kwargs: LlamaConfig's. `head_dim` is the width of a head's content part.
 
@@ -78,6 +85,9 @@ class CLLAConfig(LlamaConfig):
     query_dim: int | None = None
     cache_bits: int = 4
     rope_bits: int | None = None
+    cache_code: str = "symmetric"
+    rope_code: str | None = None
+    cache_scales: str = "token"
     group_size: int | None = 128
 
     def __post_init__(self, **kwargs):
@@ -88,6 +98,10 @@ class CLLAConfig(LlamaConfig):
         for name, bits in (("cache_bits", self.cache_bits), ("rope_bits", self.rope_bits)):
             if bits is not None:
                 _one_of(name, bits, BITS)
+        for name, code in (("cache_code", self.cache_code), ("rope_code", self.rope_code)):
+            if code is not None:
+                _one_of(name, code, get_args(Code))
+        _one_of("cache_scales", self.cache_scales, get_args(Scales))
         for name in ("num_hidden_layers", "latent_dim", "rope_dim", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
@@ -114,6 +128,14 @@ class CLLAConfig(LlamaConfig):
                 f"rope_frequencies: expected {self.rotary_dim // 2}, one per pair, got {len(self.rope_frequencies)}"
             )
         _check_producers(self.cache_producers, self.num_hidden_layers)
+        if self.cache_scales == "channel":
+            for name, refused, why in (
+                ("attention", "heads", "the steps are a latent's"),
+                ("cache_code", "asymmetric", "a step has no offset"),
+                ("quantizer", "before_norm", "the norm divides each token by another number"),
+            ):
+                if getattr(self, name) == refused:
+                    raise ValueError(f"cache_scales: 'channel' does not go with {name} {refused!r}: {why}")
 
     @property
     def cache_producers(self) -> list[int]:
@@ -133,11 +155,15 @@ class CLLAConfig(LlamaConfig):
         """What `layer` caches: (latent, rotary key) or (keys, values), less what it does not have."""
         produces = self.cache_producers[layer] == layer
         if self.attention == "heads":
-            each = Format(self.num_key_value_heads, self.head_dim, self.cache_bits, self.group_size)
+            each = Format(
+                self.num_key_value_heads, self.head_dim, self.cache_bits, self.group_size, code=self.cache_code
+            )
             return (each, each) if produces else ()
         before = self.rms_norm_eps if self.latent_norm and self.quantizer == "before_norm" else None
-        latent = Format(1, self.latent_dim, self.cache_bits, self.group_size, before)
-        rope = Format(1, self.rope_dim, self.rope_bits or self.cache_bits, self.group_size)
+        scales = self.cache_scales == "token" or self.cache_bits == 16
+        latent = Format(1, self.latent_dim, self.cache_bits, self.group_size, before, self.cache_code, scales)
+        rope_code = self.rope_code or self.cache_code
+        rope = Format(1, self.rope_dim, self.rope_bits or self.cache_bits, self.group_size, code=rope_code)
         formats = (latent,) if produces else ()
         return (*formats, rope) if self.rope_key == "own" or (produces and self.rope_key == "shared") else formats
 

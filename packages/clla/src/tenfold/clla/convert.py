@@ -17,9 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from tenfold.core.data.corpus import Corpus
 from tenfold.core.errors import UserError
 
-from .config import CLLAConfig, sharing_layout
+from .config import CLLAConfig, Scales, sharing_layout
 from .factorize import Factors, Run, factorize, rotary_components, square_root
+from .formats import Code
 from .model import CLLAForCausalLM
+from .steps import calibrate_steps, initial_step
 
 SUPPORTED = ("llama", "mistral", "qwen2")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the length
@@ -32,6 +34,8 @@ def convert(
     rope_dim: int = 64,
     share_factor: int = 2,
     cache_bits: int = 4,
+    cache_code: Code = "symmetric",
+    cache_scales: Scales = "token",
     window: int = 256,
     calibration: Path | None = None,
     tokens: int = 20_000,
@@ -47,6 +51,9 @@ def convert(
         rope_dim: numbers of the rotary key.
         share_factor: layers that share a cache.
         cache_bits: 4, 8 or 16.
+        cache_code: what 4 or 8 bits stand for: symmetric or asymmetric integers, or float (FP4, FP8).
+        cache_scales: token: stored with the codes; channel: a step for each number of the latent, of least squared
+            error on the calibration text, which the cache does not hold.
         window: distances in tokens over which keys that are no longer rotated shall be right on average.
         calibration: text (.txt or .jsonl) to measure the hidden states on; by default they are taken to be white.
         tokens: of it.
@@ -63,6 +70,8 @@ def convert(
             rope_dim=rope_dim,
             share_factor=share_factor,
             cache_bits=cache_bits,
+            cache_code=cache_code,
+            cache_scales=cache_scales,
             window=window,
             calibration=text,
         )
@@ -144,6 +153,8 @@ def convert_model(
     rope_dim: int,
     share_factor: int = 2,
     cache_bits: int = 4,
+    cache_code: Code = "symmetric",
+    cache_scales: Scales = "token",
     window: int = 256,
     calibration: Tensor | None = None,
 ) -> tuple[CLLAForCausalLM, list[dict[str, float]]]:
@@ -158,6 +169,9 @@ def convert_model(
         rope_dim: numbers of the rotary key.
         share_factor: layers that share a cache.
         cache_bits: 4, 8 or 16.
+        cache_code: `symmetric`, `asymmetric` or `float`.
+        cache_scales: `token` or `channel`. Steps are calibrated on `calibration`; without it they are those that
+            training begins with, which suit numbers of unit variance, as the latent's are.
         window: distances over which unrotated keys shall be right on average.
         calibration: tokens `(rows, time)` to run `source` on; None takes its normed hidden states to be white.
 
@@ -176,7 +190,8 @@ def convert_model(
     groups = [[i for i, producer in enumerate(producers) if producer == g] for g in sorted(set(producers))]
     runs = [_run(source, group, biased, moments) for group in groups]
     components = rotary_components(runs, frequencies, rope_dim=rope_dim, window=window)
-    config = _config(source.config, latent_dim, rope_dim, share_factor, cache_bits, biased)
+    cache = {"cache_bits": cache_bits, "cache_code": cache_code, "cache_scales": cache_scales}
+    config = _config(source.config, latent_dim, rope_dim, share_factor, cache, biased)
     config.rope_frequencies = [f for f, n in zip(frequencies.tolist(), components, strict=True) for _ in range(n)]
     with torch.device("meta"):
         model = CLLAForCausalLM(config)
@@ -188,12 +203,17 @@ def convert_model(
         factors = factorize(run, frequencies, components, latent_dim=latent_dim, window=window)
         errors += factors.errors
         state |= _weights(group, factors, attention, scale, biased)
+        if cache_scales == "channel":
+            step = initial_step(config.cache_formats(group[0])[0])
+            state[f"model.layers.{group[0]}.self_attn.latent_steps"] = torch.full((latent_dim,), step)
     state = {name: weight.to(source.dtype).contiguous() for name, weight in state.items()}
     model.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:
         model.tie_weights()
     # Buffers that are not saved are made again, off the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    if calibration is not None and cache_scales == "channel" and cache_bits < 16:
+        calibrate_steps(model, calibration.to(source.device))
     return model.eval(), errors
 
 
@@ -217,7 +237,7 @@ def calibration_tokens(folder: Path, text: Path, count: int, source: PreTrainedM
     return torch.tensor(ids[: min(count, len(ids)) // length * length]).view(-1, length)
 
 
-def _config(source, latent_dim: int, rope_dim: int, share_factor: int, cache_bits: int, biased: bool) -> CLLAConfig:
+def _config(source, latent_dim: int, rope_dim: int, share_factor: int, cache: dict, biased: bool) -> CLLAConfig:
     names = """
         vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act
         max_position_embeddings initializer_range rms_norm_eps pad_token_id bos_token_id eos_token_id
@@ -233,7 +253,7 @@ def _config(source, latent_dim: int, rope_dim: int, share_factor: int, cache_bit
         latent_dim=latent_dim,
         rope_dim=rope_dim,
         share_factor=share_factor,
-        cache_bits=cache_bits,
+        **cache,
         latent_norm=False,  # it would throw away each latent's length, which the source's values depend on
     )
 

@@ -37,7 +37,7 @@ def rung(base: CLLAConfig, name: str, *, kv_heads: int | None = None, **changes)
     if name not in ("CLA", "CLLA"):
         settings |= {"share_factor": 1, "producers": None}
     if name in per_head:
-        settings["rope_frequencies"] = None
+        settings |= {"rope_frequencies": None, "cache_scales": "token"}
     settings |= {"attn_implementation": base._attn_implementation, **changes}
     return CLLAConfig(**settings)
 

@@ -1,9 +1,11 @@
 """CLLA as a transformers model: Llama's own parts around shared latent attention."""
 
+from dataclasses import fields
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import (
@@ -17,6 +19,11 @@ from transformers.models.llama.modeling_llama import (
 from .attention import HeadsAttention, LatentAttention
 from .cache import CLLACache
 from .config import CLLAConfig
+from .steps import initial_step
+
+# What transformers calls the cache, in its models' arguments and outputs: from 5.24 on `cache`, which it still takes
+# under the old name.
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
 def register() -> None:
@@ -75,6 +82,13 @@ class CLLAPreTrainedModel(LlamaPreTrainedModel):
         "attentions": (LatentAttention, HeadsAttention),
     }
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "latent_steps"):
+            step = initial_step(self.config.cache_formats(module.layer_idx)[0])
+            initialization.constant_(module.latent_steps, step)
+
 
 class CLLAModel(CLLAPreTrainedModel, LlamaModel):
     """The decoder without its head."""
@@ -98,25 +112,29 @@ class CLLAModel(CLLAPreTrainedModel, LlamaModel):
         past_key_values: CLLACache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        *,
+        cache: CLLACache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """As Llama's. A cache is made where `use_cache` asks for one, by default in evaluation mode.
 
-        A given cache must be a `CLLACache`. What it holds from earlier calls is detached: no gradient flows there.
+        A given cache must be a `CLLACache`; `cache` is what transformers from 5.24 on calls `past_key_values`. What
+        it holds from earlier calls is detached: no gradient flows there.
 
         Raises:
             ValueError, TypeError: a cache of another kind or config, or more tokens than the model has positions.
         """
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        if past_key_values is None and use_cache and not (self.training and self.gradient_checkpointing):
-            past_key_values = CLLACache(self.config)
-        if past_key_values is not None:
-            if not isinstance(past_key_values, CLLACache):
-                got = type(past_key_values).__name__
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache and not (self.training and self.gradient_checkpointing):
+            cache = CLLACache(self.config)
+        if cache is not None:
+            if not isinstance(cache, CLLACache):
+                got = type(cache).__name__
                 raise TypeError(f"past_key_values: expected a CLLACache(model.config), got a {got}")
-            past_key_values.check(self.config)
+            cache.check(self.config)
         inputs = inputs_embeds if input_ids is None else input_ids
-        length = (past_key_values.get_seq_length() if past_key_values is not None else 0) + inputs.shape[1]
+        length = (cache.get_seq_length() if cache is not None else 0) + inputs.shape[1]
         if length > self.config.max_position_embeddings:
             raise ValueError(
                 f"input_ids: {length} tokens, cache included, but the model's max_position_embeddings is "
@@ -126,10 +144,10 @@ class CLLAModel(CLLAPreTrainedModel, LlamaModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             shared={},
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -153,7 +171,7 @@ class CLLAForCausalLM(CLLAPreTrainedModel, LlamaForCausalLM):
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
         """Give `generate` a CLLACache where it would make a DynamicCache, StaticCache or QuantizedCache."""
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if model_kwargs.get(CACHE) is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
@@ -168,6 +186,6 @@ class CLLAForCausalLM(CLLAPreTrainedModel, LlamaForCausalLM):
             )
         static = kind is not None and "static" in kind
         length = max(max_cache_length, generation_config.max_cache_len or 0) if static else None
-        model_kwargs["past_key_values"] = CLLACache(
+        model_kwargs[CACHE] = CLLACache(
             self.config, max_length=length, offloading=kind is not None and "offloaded" in kind
         )

@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from tenfold.core.lm import CausalLM
 
-from .config import CLLAConfig
+from .config import CLLAConfig, Scales
+from .formats import Code
 from .ladder import rung, with_parameters_of
 from .model import CLLAForCausalLM
 
@@ -31,8 +32,13 @@ class CLLAModule(CausalLM):
         quantizer: `after_norm` or `before_norm`.
         cache_bits: 4, 8 or 16.
         rope_bits: of the rotary key; `cache_bits` by default.
+        cache_code: what 4 or 8 bits stand for: `symmetric` or `asymmetric` integers, or `float` (FP4 E2M1, FP8 E4M3).
+        rope_code: of the rotary key; `cache_code` by default.
+        cache_scales: `token`, stored with the codes, or `channel`: a trained step per channel of the latent, which
+            the cache does not hold; see CLLAConfig.
         group_size: numbers that share a scale; None is one scale per vector.
-        quantize_from: the update from which on training sees the cache's bits; 16 bits before it.
+        quantize_from: the update from which on training sees the cache's bits; 16 bits before it, when steps per
+            channel have no gradient.
         rope_theta: base of the rotary frequencies.
         others: sizes and optimizer, as `CausalLM` takes them.
 
@@ -56,6 +62,9 @@ class CLLAModule(CausalLM):
         quantizer: Literal["after_norm", "before_norm"] = "after_norm",
         cache_bits: Literal[4, 8, 16] = 4,
         rope_bits: Literal[4, 8, 16] | None = None,
+        cache_code: Code = "symmetric",
+        rope_code: Code | None = None,
+        cache_scales: Scales = "token",
         group_size: int | None = 128,
         quantize_from: int = 0,
         rope_theta: float = 10_000.0,
@@ -91,6 +100,9 @@ class CLLAModule(CausalLM):
             quantizer=h.quantizer,
             cache_bits=h.cache_bits,
             rope_bits=h.rope_bits,
+            cache_code=h.cache_code,
+            rope_code=h.rope_code,
+            cache_scales=h.cache_scales,
             group_size=h.group_size,
         )
         config = rung(base, h.rung, kv_heads=h.kv_heads)
