@@ -35,7 +35,7 @@ hidden, weight, target = torch.randn(6, 8), torch.randn(11, 8), torch.randint(11
 expected = (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None])[:, 0]
 torch.testing.assert_close(linear_logprob(hidden, weight, target), expected)
 assert fake_quantize(torch.tensor([0.3, 2.5]), "e2m1").tolist() == [0.5, 2.0]
-codes = pack_latents(torch.randn(1, 9, 64))
+codes = pack_latents(torch.randn(1, 9, 64), code="float")
 assert latent_attention(torch.randn(1, 2, 1, 64), None, codes, None, scale=0.1).shape == (1, 2, 1, 64)
 routing = route_tokens(torch.randn(32, 4), capacity=8)
 rows, offsets = permute_tokens(torch.randn(32, 6), routing)
