@@ -1,6 +1,5 @@
 """CLLA as a transformers model: Llama's own parts around shared latent attention."""
 
-from dataclasses import fields
 from typing import ClassVar
 
 import torch
@@ -16,14 +15,12 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
+from tenfold.core.lm import CACHE
+
 from .attention import HeadsAttention, LatentAttention
 from .cache import CLLACache
 from .config import CLLAConfig
 from .steps import initial_step
-
-# What transformers calls the cache, in its models' arguments and outputs: from 5.24 on `cache`, which it still takes
-# under the old name.
-CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
 def register() -> None:

@@ -1,15 +1,21 @@
 """Language models: transformers' own Llama from a small config, and the Lightning module that trains one."""
 
 import math
+from dataclasses import fields
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tenfold.kernels import linear_logprob
 
 from .training.schedules import warmup_cosine
+
+# What transformers calls the cache, in its models' arguments and outputs: from 5.24 on `cache`, which it still takes
+# under the old name.
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
 def llama_config(

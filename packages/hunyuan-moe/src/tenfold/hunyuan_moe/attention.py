@@ -50,7 +50,7 @@ class HunyuanLargeAttention(nn.Module):
         *,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Hidden states `(B, T, dim)` to the same, the weights where there are any, and the run's keys and values.
@@ -65,8 +65,8 @@ class HunyuanLargeAttention(nn.Module):
             if self.config.use_qk_norm:
                 key = self._normalize(key)
             key = key.to(value.dtype)  # under autocast the rotation is in float32
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
         else:
             query, _ = apply_rotary_pos_emb(query, query[:, :1], *position_embeddings)
         if self.config.use_qk_norm:

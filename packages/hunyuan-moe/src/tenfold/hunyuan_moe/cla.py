@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import KVSharingDict
 
+from tenfold.core.lm import CACHE
+
 PROJECTIONS = ("k_proj", "v_proj")
 NORMS = ("k_norm", "v_norm", "k_layernorm", "key_layernorm")  # of the keys and values, as the families call them
 STATE = "shared_key_values"
@@ -134,7 +136,7 @@ def _give_keys_and_values(layer: nn.Module, args: tuple, kwargs: dict[str, Any])
             f"{STATE}: not passed to layer {layer.layer_idx}, which shares keys and values; call it through its model, "
             "whose family must hand keyword arguments on to the attention"
         )
-    kwargs["past_key_values"] = _Handover(kwargs.get("past_key_values"), shared, layer.reads_layer)
+    kwargs[CACHE] = _Handover(kwargs.get(CACHE), shared, layer.reads_layer)
     return args, kwargs
 
 
@@ -163,7 +165,7 @@ def _attention_layers(model: PreTrainedModel, decoder: nn.Module) -> list[nn.Mod
 
 def _check_signatures(name: str, layer: nn.Module, decoder: nn.Module) -> None:
     block = next(m for m in decoder.modules() if layer in m.children())
-    for module, needed in ((decoder, ()), (block, ()), (layer, ("past_key_values",))):
+    for module, needed in ((decoder, ()), (block, ()), (layer, (CACHE,))):
         parameters = inspect.signature(module.forward).parameters
         missing = [n for n in needed if n not in parameters]
         if all(p.kind != p.VAR_KEYWORD for p in parameters.values()):

@@ -7,6 +7,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from tenfold.core.data.text import TextDataModule
+from tenfold.core.lm import CACHE
 from tenfold.core.training import NonFiniteError, fit
 
 from .budget import count_parameters
@@ -127,7 +128,7 @@ def papers_cache(*, tokens: int, seed: int) -> dict[str, float]:
 def measured_cache_bytes(config: HunyuanLargeConfig, tokens: int = 8) -> float:
     """Storage of a filled bfloat16 cache, per token."""
     model = HunyuanLargeForCausalLM(config).to(torch.bfloat16).eval()
-    cache = model(torch.zeros(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+    cache = model(torch.zeros(1, tokens, dtype=torch.long), use_cache=True)[CACHE]
     stored = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
     return sum(x.untyped_storage().nbytes() for x in stored) / tokens
 

@@ -20,6 +20,8 @@ from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from tenfold.core.lm import CACHE
+
 from .attention import HunyuanLargeAttention
 from .checkpoint import check_folder, register_layout
 from .config import HunyuanLargeConfig
@@ -125,26 +127,32 @@ class HunyuanLargeModel(HunyuanLargePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        *,
+        cache: Cache | None = None,
         **kwargs,
     ) -> HunyuanLargeOutput:
-        """As every transformers decoder; the cache holds keys and values once per run of layers."""
+        """As every transformers decoder; the cache holds keys and values once per run of layers.
+
+        `cache` is what transformers from 5.24 on calls `past_key_values`.
+        """
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            use_cache, cache = False, None
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         hidden, key, value, balance = inputs_embeds, None, None, []
         rotation = self.rotary_emb(hidden, position_ids)
@@ -157,14 +165,14 @@ class HunyuanLargeModel(HunyuanLargePreTrainedModel):
                 value,
                 position_embeddings=rotation,
                 attention_mask=mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
             balance.append(balance_loss)
         return HunyuanLargeOutput(
             last_hidden_state=self.norm(hidden),
-            past_key_values=past_key_values,
             balance_loss=torch.stack(balance).mean(),
+            **{CACHE: cache},
         )
 
 
@@ -215,6 +223,8 @@ class HunyuanLargeForCausalLM(HunyuanLargePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        *,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """Logits, and with `labels` the loss: in training with the balance loss, in evaluation without."""
@@ -222,7 +232,7 @@ class HunyuanLargeForCausalLM(HunyuanLargePreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -237,7 +247,7 @@ class HunyuanLargeForCausalLM(HunyuanLargePreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=outputs.balance_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
