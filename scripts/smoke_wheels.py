@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from email.message import Message
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -150,11 +151,7 @@ assert "58.1B" in answer, answer
 
 def inspect(wheel: Path) -> list[str]:
     """What is wrong with the wheel's own files and metadata; nothing is installed."""
-    with ZipFile(wheel) as archive:
-        files = archive.namelist()
-        [path] = [file for file in files if file.endswith(".dist-info/METADATA")]
-        metadata = email.message_from_bytes(archive.read(path))
-    info = path.split("/")[0]
+    files, info, metadata = contents(wheel)
     package = distribution(wheel).replace("-", "/", 1).replace("-", "_")
     problems = [
         f"{file} is missing" for file in (f"{package}/py.typed", f"{info}/licenses/LICENSE") if file not in files
@@ -162,7 +159,7 @@ def inspect(wheel: Path) -> list[str]:
     problems += [f"installs {file}" for file in files if not within(file, f"{package}/", f"{info}/")]
     if not metadata.get_payload().strip():
         problems.append("the description is empty: is there a README?")
-    for requirement in map(Requirement, metadata.get_all("Requires-Dist", [])):
+    for requirement in requirements(metadata):
         if requirement.name == "kernels":
             problems.append("requires `kernels`, which is another project's package")
         if requirement.url:
@@ -173,6 +170,19 @@ def inspect(wheel: Path) -> list[str]:
         }:
             problems.append(f"requires {requirement}: the range of a sibling needs a lower and an upper bound")
     return problems
+
+
+def contents(wheel: Path) -> tuple[list[str], str, Message]:
+    """The names of its files, its .dist-info folder, and its metadata."""
+    with ZipFile(wheel) as archive:
+        files = archive.namelist()
+        [path] = [file for file in files if file.endswith(".dist-info/METADATA")]
+        return files, path.split("/")[0], email.message_from_bytes(archive.read(path))
+
+
+def requirements(metadata: Message) -> list[Requirement]:
+    """What the wheel requires, extras too."""
+    return [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
 
 
 def within(file: str, *folders: str) -> bool:
@@ -195,7 +205,13 @@ def use(wheel: Path, wheels: list[Path], *, resolution: str, python: str | None)
         version = ["--python", python] if python else []
         uv("venv", "--quiet", *version, str(environment))
         options = ["--python", str(environment), "--constraints", str(siblings), "--resolution", resolution]
-        uv("pip", "install", "--quiet", *options, str(wheel))
+        # What the wheel requires is named, too: `lowest-direct` takes the lowest version of what is named alone.
+        named = [
+            str(requirement)
+            for requirement in requirements(contents(wheel)[2])
+            if not requirement.name.startswith("tenfold-") and "extra" not in str(requirement.marker)
+        ]
+        uv("pip", "install", "--quiet", *options, str(wheel), *named)
         interpreter = environment / "bin" / "python"
         subprocess.run([interpreter, "-I", "-c", USES[distribution(wheel)]], cwd=folder, check=True)
 
