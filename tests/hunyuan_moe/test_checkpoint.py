@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
+from tenfold.core.training.sharding import fill, shard
 from tenfold.hunyuan_moe import HunyuanLargeConfig, HunyuanLargeForCausalLM, register
 from tenfold.hunyuan_moe.checkpoint import read_weights
-from tenfold.hunyuan_moe.sharding import fill, shard
 
 # The released config.json's words, with small sizes.
 CONFIG = {

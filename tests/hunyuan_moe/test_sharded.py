@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tenfold.hunyuan_moe
+from tenfold.core.training.sharding import fill, shard, sharding_mesh
 from tenfold.hunyuan_moe import HunyuanLarge
-from tenfold.hunyuan_moe.sharding import fill, shard, sharding_mesh
 
 CONFIGS = Path(tenfold.hunyuan_moe.__file__).parent / "configs"
 

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from tenfold.kernels import linear_logprob
 
 from .training.schedules import warmup_cosine
+from .training.sharding import fill, shard, sharding_mesh
 
 # What transformers calls the cache, in its models' arguments and outputs: from 5.24 on `cache`, which it still takes
 # under the old name.
@@ -104,6 +105,7 @@ class CausalLM(LightningModule):
         warmup_steps: over which the learning rate rises.
         weight_decay: of AdamW.
         betas: of AdamW.
+        shard_size: under `ModelParallelStrategy`, processes that share one copy of the weights; by default all of them.
 
     Example:
         >>> module = CausalLM(vocab_size=2048, layers=4, dim=128, heads=4, ffn=344)
@@ -129,6 +131,7 @@ class CausalLM(LightningModule):
         warmup_steps: int = 100,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
+        shard_size: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, low, high in (
@@ -140,6 +143,8 @@ class CausalLM(LightningModule):
             if not low <= value <= high:
                 accepted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
                 raise ValueError(f"{name}: must be {accepted}, got {value}")
+        if shard_size is not None and shard_size < 1:
+            raise ValueError(f"shard_size: must be at least 1, got {shard_size}")
         self.save_hyperparameters()
         self.lm: PreTrainedModel | None = None
 
@@ -173,9 +178,27 @@ class CausalLM(LightningModule):
                 raise ValueError(f"data.{name}: {given} is more than the model's {taken}, {limit}")
 
     def configure_model(self) -> None:
-        """Build the model, once; under Trainer, in the dtype and on the device that its strategy wants."""
-        if self.lm is None:
+        """Build the model, once; under Trainer, in the dtype and on the device that its strategy wants.
+
+        Under Lightning's `ModelParallelStrategy`, each layer is sharded over the processes (FSDP2) before it has any
+        memory: a process only ever holds its share.
+
+        Raises:
+            ValueError: `shard_size` without that strategy, or that does not divide the processes.
+        """
+        if self.lm is not None:
+            return
+        if self.device_mesh is None:
+            if self.hparams.shard_size is not None:
+                raise ValueError("shard_size: needs trainer.strategy ModelParallelStrategy, nothing is sharded without")
             self.lm = self.build()
+            return
+        mesh = sharding_mesh(self.device_mesh, self.hparams.shard_size)
+        with torch.device("meta"):
+            self.lm = self.build()
+        shard(self, self.lm.base_model.layers, mesh)  # not `lm`: the head's weight is used outside of its forward
+        strategy = self.trainer.strategy
+        fill(self, self.lm, mesh, device=strategy.root_device, seed=strategy.broadcast(torch.initial_seed()))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Log-probabilities `(B, T)` of `tokens` `(B, T + 1)`, each but the first given those before it."""
@@ -210,6 +233,11 @@ class CausalLM(LightningModule):
         values = {"val/loss": nats / tokens, "val/bits_per_byte": nats / (math.log(2) * size)}
         self.log_dict(values, prog_bar=True, sync_dist=True)
 
+    def adamw(self, groups: list[dict], **options) -> torch.optim.AdamW:
+        """The optimizer; fused, but for mixed precision, where Lightning clips no gradients before a fused step."""
+        fused = not str(self.trainer.precision).endswith("mixed")
+        return torch.optim.AdamW(groups, betas=self.hparams.betas, fused=fused, **options)
+
     def configure_optimizers(self) -> dict:
         """AdamW in two groups, and the schedule, stepped after each update."""
         embeddings = {id(p) for m in self.lm.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -218,14 +246,13 @@ class CausalLM(LightningModule):
             group = decayed if parameter.dim() > 1 and id(parameter) not in embeddings else others
             group.append(parameter)
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            groups, lr=self.hparams.lr, betas=self.hparams.betas, weight_decay=self.hparams.weight_decay, fused=True
-        )
+        h = self.hparams
+        optimizer = self.adamw(groups, lr=h.lr, weight_decay=h.weight_decay)
         schedule = warmup_cosine(
             optimizer,
-            warmup_steps=self.hparams.warmup_steps,
+            warmup_steps=h.warmup_steps,
             total_steps=int(self.trainer.estimated_stepping_batches),
-            min_ratio=self.hparams.min_lr_ratio,
+            min_ratio=h.min_lr_ratio,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

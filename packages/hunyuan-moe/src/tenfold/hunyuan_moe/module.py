@@ -15,7 +15,6 @@ from .checkpoint import read_weights
 from .config import HunyuanLargeConfig
 from .learning_rates import PAPERS_RATIO, expert_parameter_groups, three_phase
 from .model import HunyuanLargeForCausalLM
-from .sharding import fill, shard, sharding_mesh
 
 # What the configuration calls the module's arguments.
 ARGUMENTS = {
@@ -63,7 +62,6 @@ class HunyuanLarge(CausalLM):
         decay_ratio: where the decay before it ends, relative to `lr`; not published.
         tie_embeddings: whether the head's weight is the embedding's.
         weights: a folder in the released layout to begin with, of which each process reads its share.
-        shard_size: under `ModelParallelStrategy`, processes that share one copy of the weights; by default all of them.
         others: sizes and optimizer, as `CausalLM` takes them; `ffn` is an expert's inner width.
     """
 
@@ -85,7 +83,6 @@ class HunyuanLarge(CausalLM):
         decay_ratio: float = 0.3,
         tie_embeddings: bool = True,
         weights: str | None = None,
-        shard_size: int | None = None,
         **others,
     ) -> None:
         super().__init__(tie_embeddings=tie_embeddings, **others)
@@ -93,7 +90,6 @@ class HunyuanLarge(CausalLM):
             "expert_lr_ratio": expert_lr_ratio,
             "rope_theta": rope_theta,
             "rope_alpha": rope_alpha,
-            "shard_size": shard_size,
         }.items():
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: must be positive, got {value}")
@@ -125,22 +121,10 @@ class HunyuanLarge(CausalLM):
         return HunyuanLargeForCausalLM(self.config())
 
     def configure_model(self) -> None:
-        """Build the model, once, and listen for its balance loss.
-
-        Under Lightning's `ModelParallelStrategy`, each layer is sharded over the processes (FSDP2) before it has any
-        memory: a process only ever holds its share.
-        """
+        """Build the model, once, and listen for its balance loss; `weights` are read where they belong, in shares."""
         if self.lm is not None:
             return
-        if self.device_mesh is None:
-            super().configure_model()
-        else:
-            mesh = sharding_mesh(self.device_mesh, self.hparams.shard_size)
-            with torch.device("meta"):
-                super().configure_model()
-            shard(self, self.lm.base_model.layers, mesh)  # not `lm`: the head's weight is used outside of its forward
-            strategy = self.trainer.strategy
-            fill(self, self.lm, mesh, device=strategy.root_device, seed=strategy.broadcast(torch.initial_seed()))
+        super().configure_model()
         if self.hparams.weights is not None:
             read_weights(self.lm, Path(self.hparams.weights))
         self.lm.base_model.register_forward_hook(self._keep_balance)
@@ -181,7 +165,7 @@ class HunyuanLarge(CausalLM):
         """AdamW with the experts' own learning rate, and the three phases."""
         h = self.hparams
         groups = expert_parameter_groups(self.lm, h.lr, ratio=h.expert_lr_ratio, weight_decay=h.weight_decay)
-        optimizer = torch.optim.AdamW(groups, betas=h.betas, fused=True)
+        optimizer = self.adamw(groups)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = three_phase(
             optimizer,
