@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from tenfold.clla import CLLACache, CLLAForCausalLM, calibrate_steps
 from tenfold.clla.formats import Format
@@ -121,3 +122,24 @@ def test_channels_of_zeros_keep_their_steps():
 def test_what_calibration_refuses(build, tokens, changes):
     with pytest.raises(ValueError, match="model: has no steps to calibrate; they need attention 'latent', cache_scal"):
         calibrate_steps(build(**changes), tokens)
+
+
+@torch.no_grad()
+def test_decoding_scales_no_weights(build, tokens):
+    """Steps go to the query and to the output; the weights, of which there are far more, stay as they are."""
+    model = build(cache_scales="channel").float()
+    cache = CLLACache(model.config)
+    model(tokens, past_key_values=cache)
+    weight = model.model.layers[0].self_attn.k_up_proj.weight
+    products = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function in (torch.Tensor.mul, torch.Tensor.__mul__, torch.mul):
+                products.append(max(x.numel() for x in args if isinstance(x, torch.Tensor)))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        model(tokens[:, :1], past_key_values=cache)
+    assert products
+    assert max(products) < weight.numel()
