@@ -414,3 +414,48 @@ def test_what_a_model_refuses(build, tokens):
     model(tokens, past_key_values=cache)
     with pytest.raises(ValueError, match="attention_mask: a float mask must hold 0"):
         model(tokens[:, :1], past_key_values=cache, attention_mask=torch.rand(2, 1, 1, 14))
+    with pytest.raises(ValueError, match="input_ids: missing, and there are no inputs_embeds either"):
+        model()
+    model.config.cache_scales = "channel"
+    with pytest.raises(ValueError, match="cache_scales: the model was made without steps per channel"):
+        model(tokens)
+
+
+@pytest.mark.parametrize("options", [{"name": "CLA"}, {"name": "GQA", "cache_bits": 16}, {"name": "MLA"}], ids=str)
+def test_gradients_where_the_cache_has_a_past(build, options, tokens):
+    """Heads: those of one pass, in which the tokens before are constants. Latents, read as they lie: a clear error."""
+    model = build(**options)
+    cache, weight = CLLACache(model.config), model.model.layers[0].self_attn.o_proj.weight
+    with torch.no_grad():
+        model(tokens[:, :5], past_key_values=cache)
+    loss = model(tokens[:, 5:], past_key_values=cache).logits.square().sum()
+    if options["name"] == "MLA":
+        with pytest.raises(RuntimeError, match="latent_attention has no gradient"):
+            loss.backward()
+        return
+    attention = [layer.self_attn for layer in model.model.layers if layer.self_attn.produces]
+    ours = torch.autograd.grad(loss, [weight, *(a.v_proj.weight for a in attention)])
+
+    hooks = [  # keys and values of the first five tokens without their gradients
+        projection.register_forward_hook(lambda module, args, out: torch.cat([out[:, :5].detach(), out[:, 5:]], 1))
+        for a in attention
+        for projection in (a.k_proj, a.v_proj)
+    ]
+    loss = model(tokens, use_cache=False).logits[:, 5:].square().sum()
+    theirs = torch.autograd.grad(loss, [weight, *(a.v_proj.weight for a in attention)])
+    for hook in hooks:
+        hook.remove()
+    assert all(gradient.any() for gradient in ours)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
+
+
+def test_steps_take_part_before_anything_is_rounded(build, tokens):
+    """With a gradient of zero: DDP stops at parameters that have none."""
+    model = build(cache_scales="channel", cache_bits=16).train()
+    exact = build(cache_bits=16).train()
+    exact.load_state_dict({k: v for k, v in model.state_dict().items() if "latent_steps" not in k})
+    loss = model(tokens, labels=tokens).loss
+    assert torch.equal(loss, exact(tokens, labels=tokens).loss)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.any() == ("latent_steps" not in name), name

@@ -143,3 +143,9 @@ def test_decoding_scales_no_weights(build, tokens):
         model(tokens[:, :1], past_key_values=cache)
     assert products
     assert max(products) < weight.numel()
+
+
+@pytest.mark.parametrize("part", [slice(0), 0], ids=["none", "a row"])
+def test_calibration_needs_rows_of_tokens(build, tokens, part):
+    with pytest.raises(ValueError, match=r"tokens: expected \(rows, time\), not empty, got \("):
+        calibrate_steps(build(cache_scales="channel"), tokens[part])

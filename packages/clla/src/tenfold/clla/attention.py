@@ -9,8 +9,9 @@ With g the producer of layer l (g = s·⌊l/s⌋ for adjacent runs of s) and ⟨
 
 `⟨·⟩` rounds to the cache's bits, in training too and for the current token too, so that a model is trained on what
 it will read. A reader has no W_DKV and no W_KR, and caches nothing. With static scales per channel, c is cached in
-units of its steps (`steps`): W_UK and W_UV take them up, or, where these are absorbed, the query and the output. Sharing by CLA (arXiv 2405.12981), latents by
-MLA (DeepSeek-V2, arXiv 2405.04434); their combination is a reconstruction of arXiv 2410.15252.
+units of its steps (`steps`): W_UK and W_UV take them up, or, where these are absorbed, the query and the output.
+Sharing by CLA (arXiv 2405.12981), latents by MLA (DeepSeek-V2, arXiv 2405.04434); their combination is a
+reconstruction of arXiv 2410.15252.
 """
 
 from typing import NamedTuple
@@ -72,14 +73,19 @@ class _Attention(nn.Module):
     ) -> tuple[Stored, Stored | None, bool]:
         """What the cache gives back of new vectors and those before, and whether there were any before.
 
-        Without a cache, and where gradients are to flow, they are rounded as the cache would.
+        Without a cache, and where gradients are to flow, they are rounded as the cache would. The cache itself holds
+        no gradient, and packed latents have none.
         """
         past = cache is not None and cache.get_seq_length(self.layer_idx) > 0
+        packed = past and self.config.attention == "latent"
         if cache is not None:
             stored = cache.update(first, second, self.layer_idx)
-        if cache is None or (torch.is_grad_enabled() and not past):
+        if cache is None or (torch.is_grad_enabled() and not packed):
             vectors = [x for x in (first, second) if x is not None]
             rounded = [f.round(x) for f, x in zip(self.config.cache_formats(self.layer_idx), vectors, strict=True)]
+            if past:
+                before = [dense(x, new.dtype)[:, :, : -new.shape[2]] for x, new in zip(stored, rounded, strict=True)]
+                rounded = [torch.cat(pair, dim=2) for pair in zip(before, rounded, strict=True)]
             stored = rounded[0], (rounded[1] if len(rounded) > 1 else None)
         return *stored, past
 
@@ -104,6 +110,7 @@ class LatentAttention(_Attention):
             self.kv_down_proj = nn.Linear(dim, config.latent_dim, bias=bias)
             weighted = config.latent_norm and config.quantizer == "after_norm"
             self.kv_norm = LlamaRMSNorm(config.latent_dim, config.rms_norm_eps) if weighted else nn.Identity()
+            self.latent_steps = None
             if config.cache_scales == "channel":
                 step = initial_step(config.cache_formats(layer_idx)[0])
                 self.latent_steps = nn.Parameter(torch.full((config.latent_dim,), step))
@@ -158,8 +165,15 @@ class LatentAttention(_Attention):
             latent, steps = self.kv_norm(self.kv_down_proj(hidden))[:, None], None
             format = self.config.cache_formats(self.layer_idx)[0]
             if not format.scales:
+                if self.latent_steps is None:
+                    raise ValueError(
+                        "cache_scales: the model was made without steps per channel; they come with "
+                        "from_pretrained(folder, cache_scales='channel')"
+                    )
                 steps = learned_step(self.latent_steps, format)
                 latent = latent.to(torch.promote_types(latent.dtype, torch.float32)) / steps
+            elif self.latent_steps is not None and torch.is_grad_enabled():
+                latent = latent + 0 * self.latent_steps.to(latent.dtype)  # DDP wants a gradient of every parameter
             entry = Entry(*self._store(latent, new_rope, cache), steps)
             shared[self.layer_idx] = entry = entry._replace(up=(self.k_up_proj.weight, self.v_up_proj.weight))
         else:

@@ -38,7 +38,7 @@ class CLLAModule(CausalLM):
             the cache does not hold; see CLLAConfig.
         group_size: numbers that share a scale; None is one scale per vector.
         quantize_from: the update from which on training sees the cache's bits; 16 bits before it, when steps per
-            channel have no gradient.
+            channel stay as they are.
         rope_theta: base of the rotary frequencies.
         others: sizes and optimizer, as `CausalLM` takes them.
 

@@ -51,12 +51,14 @@ def calibrate_steps(model: nn.Module, tokens: Tensor) -> None:
         tokens: of ordinary text, `(rows, time)`; a few thousand.
 
     Raises:
-        ValueError: the model has no steps, or does not round.
+        ValueError: the model has no steps, or does not round; or there are no tokens.
 
     Example:
         >>> model = CLLAForCausalLM.from_pretrained("runs/my-clla", cache_scales="channel")
         >>> calibrate_steps(model, tokens)
     """
+    if tokens.dim() != 2 or not tokens.numel():
+        raise ValueError(f"tokens: expected (rows, time), not empty, got {tuple(tokens.shape)}")
     config = model.config
     if config.attention != "latent" or config.cache_scales != "channel" or config.cache_bits == 16:
         raise ValueError(
