@@ -251,7 +251,7 @@ def test_a_refused_update_leaves_every_stream_as_it_was(build, tokens):
     cache = CLLACache(model.config)
     with torch.no_grad():
         model(tokens, past_key_values=cache)
-        with pytest.raises(ValueError, match="past_key_values: holds torch.float32, got torch.bfloat16"):
+        with pytest.raises(ValueError, match=r"past_key_values: holds torch\.float32, got torch\.bfloat16"):
             model.bfloat16()(tokens[:, :1], past_key_values=cache)
     latent, rope = torch.randn(2, 1, 3, 24), torch.randn(2, 1, 3, 6)
     for wrong in ((latent, rope[:, :, :2]), (latent, latent), (latent[:1], rope)):
