@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from tenfold.clla import CLLACache, CLLAForCausalLM, calibrate_steps
 from tenfold.clla.formats import Format
-from tenfold.clla.steps import initial_step, learned_step, least_squares_steps
+from tenfold.clla.steps import initial_step, learned_step, least_squares_steps, normal_step
 from tenfold.kernels.latent.packing import unpack_latents
 
 TOPS = {("symmetric", 4): 7, ("symmetric", 8): 127, ("float", 4): 6, ("float", 8): 448}
@@ -80,6 +80,7 @@ def test_the_best_step_for_normal_numbers_is_the_known_one():
     best = tried[errors.argmin()]
     assert best == pytest.approx(0.353, abs=0.002)
     torch.testing.assert_close(steps, best.float().expand(3), rtol=0.06, atol=0)
+    assert normal_step(Format(1, 3, 4, scales=False)) == pytest.approx(best.item(), rel=0.03)
     noise = (steps[0] * (x[:, 0] / steps[0]).round().clamp(-7, 7) - x[:, 0]).square().mean()
     assert 10 * math.log10(x[:, 0].square().mean() / noise) == pytest.approx(18.8, abs=0.1)
 
