@@ -1,6 +1,7 @@
 """Bytes per token against the numbers of the paper's method sheet, and the command that shows them."""
 
 import pytest
+from transformers import LlamaConfig
 
 from tenfold.clla import CLLAConfig, bytes_per_token, rung
 from tenfold.clla.budget import ladder_costs, load_config
@@ -103,9 +104,12 @@ def test_the_command(capsys, tmp_path):
 
 
 def test_the_command_reads_a_saved_model(build, tmp_path, capsys):
-    build().save_pretrained(tmp_path / "model")
+    model = build(rope_bits=16)
+    model.save_pretrained(tmp_path / "model")
     assert main(["clla", "budget", "--config", str(tmp_path / "model"), "--memory", "1"]) == 0
-    assert "5 layers of 4 heads of 8, latent 24, rotary key 6" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "5 layers of 4 heads of 8, latent 24, rotary key 6" in printed
+    assert f"As configured, cache_bits 4 and rope_bits 16: {bytes_per_token(model.config):,} bytes" in printed
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,13 @@ def test_the_command_reads_a_saved_model(build, tmp_path, capsys):
     [
         (["--config", "papr"], "unknown name 'papr'; did you mean 'paper'?"),
         (["--memory", "0"], "memory: must be positive, got 0"),
-        (["--kv_heads", "3"], "num_key_value_heads: 3 do not divide num_attention_heads 16"),
+        (["--kv_heads", "3"], "kv_heads: must be positive and divide num_attention_heads 16, got 3"),
+        (["--kv_heads", "0"], "kv_heads: must be positive and divide num_attention_heads 16, got 0"),
+        (["--kv_heads", "-4"], "kv_heads: must be positive and divide num_attention_heads 16, got -4"),
+        (["--config", "FOLDER/none.yaml"], "none.yaml: heads: must be at least 1, got 0"),
+        (["--config", "FOLDER/words.yaml"], "Field 'dim' expected int, got str (value: 'abc')"),
+        (["--config", "FOLDER/llama"], "is not that of a CLLA model, its model_type is 'llama'"),
+        (["--config", "FOLDER/half"], "half: "),
         (["--config", "FOLDER/list.yaml"], "expected model.init_args of a CLLAModule"),
         (["--config", "FOLDER/wrong.yaml"], "must be one of 4, 8, 16, got 5"),
     ],
@@ -121,5 +131,12 @@ def test_the_command_reads_a_saved_model(build, tmp_path, capsys):
 def test_what_the_command_refuses(arguments, words, tmp_path, capsys):
     (tmp_path / "list.yaml").write_text("- 1")
     (tmp_path / "wrong.yaml").write_text("model: {init_args: {vocab_size: 9, cache_bits: 5}}")
+    (tmp_path / "none.yaml").write_text("model: {init_args: {vocab_size: 9, heads: 0}}")
+    (tmp_path / "words.yaml").write_text("model: {init_args: {vocab_size: 9, dim: abc}}")
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text('{"model_type": "clla", "hidden_size": "abc"}')
     assert main(["clla", "budget", *(a.replace("FOLDER", str(tmp_path)) for a in arguments)]) == 2
-    assert words in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1

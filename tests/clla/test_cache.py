@@ -243,3 +243,48 @@ def test_what_a_cache_refuses(build):
     assert cache.get_seq_length() == 4
     assert cache.get_max_length() == 6
     assert CLLACache(config).get_max_length() == -1
+
+
+def test_a_refused_update_leaves_every_stream_as_it_was(build, tokens):
+    """Both streams or neither: one ahead of the other would pair each latent with another token's rotary key."""
+    model = build(rope_bits=16).float()
+    cache = CLLACache(model.config)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+        with pytest.raises(ValueError, match=r"past_key_values: holds torch\.float32, got torch\.bfloat16"):
+            model.bfloat16()(tokens[:, :1], past_key_values=cache)
+    latent, rope = torch.randn(2, 1, 3, 24), torch.randn(2, 1, 3, 6)
+    for wrong in ((latent, rope[:, :, :2]), (latent, latent), (latent[:1], rope)):
+        with pytest.raises(ValueError, match="past_key_values: "):
+            cache.update(*wrong, 0)
+    assert {stream.length for _, stream in cache._streams()} == {13}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_refused_state_changes_nothing(build, tokens, bits):
+    model = build(cache_bits=bits)
+    long, short = CLLACache(model.config), CLLACache(model.config, max_length=4)
+    model(tokens, past_key_values=long)
+    model(tokens[:, :3], past_key_values=short)
+    before = short.state_dict()
+    with pytest.raises(ValueError, match="state: has 13 tokens, but this cache was made for 4"):
+        short.load_state_dict(long.state_dict())
+    name = next(iter(before))
+    wrong_groups = CLLACache(build(cache_bits=bits, group_size=10).config)  # as many scales, of other numbers
+    for wrong in (
+        before | {name: before[name].int()},
+        before | {name: 3},
+        before | {name: before[name].flatten()},
+        before | {name: before[name][:, :, :2]},
+        {k: v.int() for k, v in before.items()},
+    ):
+        with pytest.raises(ValueError, match="state: saved from a cache of another config, or not whole"):
+            short.load_state_dict(wrong)
+    if bits == 4:
+        with pytest.raises(ValueError, match="state: saved from a cache of another config"):
+            wrong_groups.load_state_dict(before)
+    for (name, ours), (_, theirs) in zip(short.state_dict().items(), before.items(), strict=True):
+        assert torch.equal(ours, theirs), name
+    half = {k: v.half() if v.is_floating_point() else v for k, v in before.items()}
+    short.load_state_dict(half)  # numbers in 16 bits may be of any dtype, and scales are float16 as they are

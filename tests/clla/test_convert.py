@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 from tenfold.clla import CLLAForCausalLM, register
 from tenfold.clla.convert import convert_model
 from tenfold.clla.factorize import Run, factorize, rotary_components, square_root
+from tenfold.clla.steps import normal_step
 from tenfold.core.cli import main
 
 SIZES = {
@@ -205,9 +207,33 @@ def test_the_command_converts_to_other_codes_and_to_steps(checkpoint, calibrated
     model = CLLAForCausalLM.from_pretrained(checkpoint.with_name("qwen-clla"))
     assert (model.config.cache_code, model.config.cache_scales) == ("float", "channel")
     steps = model.model.layers[2].self_attn.latent_steps
-    assert (steps.std() > 0) == calibrated  # else those that training begins with, all alike
+    assert (steps.std() > 1e-6) == calibrated
     assert (steps > 0).all()
+    if not calibrated:
+        assert steps.allclose(steps.new_tensor(normal_step(model.config.cache_formats(2)[0])))
     assert model.generate(tokens, max_new_tokens=4, do_sample=False).shape == (2, 17)
+
+
+@pytest.mark.parametrize("inside", [".", "model", ".."])
+def test_the_output_lies_beside_the_checkpoint(checkpoint, inside, monkeypatch, capsys):
+    (checkpoint / "model").mkdir()
+    monkeypatch.chdir({".": checkpoint, "model": checkpoint.parent, "..": checkpoint / "model"}[inside])
+    given = "qwen" if inside == "model" else inside
+    assert main(["clla", "convert", given, *OPTIONS]) == 0
+    assert (checkpoint.parent / "qwen-clla" / "config.json").exists()
+    assert not list(checkpoint.rglob("*-clla"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("share_factor", [1, 2])
+def test_the_limits_are_the_ranks(name, calibrated, share_factor, tokens):
+    source, calibration = make(name), tokens if calibrated else None
+    with pytest.raises(ValueError, match=r"latent_dim: at most .* rope_dim: at most") as told:
+        convert_model(source, latent_dim=999, rope_dim=998, share_factor=share_factor, calibration=calibration)
+    latent, rope = map(int, re.findall(r"at most (\d+)", str(told.value)))
+    convert_model(source, latent_dim=latent, rope_dim=rope, share_factor=share_factor, calibration=calibration)
 
 
 def damage(checkpoint, kind):
@@ -266,8 +292,13 @@ def test_a_checkpoint_that_cannot_be_converted(checkpoint, kind, words, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--latent_dim", "500", "--rope_dim", "8"), "latent_dim: at most"),
-        (("--latent_dim", "16", "--rope_dim", "500"), "rope_dim: at most"),
+        (("--latent_dim", "500", "--rope_dim", "8"), "latent_dim: at most 32, got 500: the keys"),
+        (("--latent_dim", "16", "--rope_dim", "500"), "rope_dim: at most 16, got 500: the keys"),
+        (
+            (),
+            "latent_dim: at most 32, got 512; rope_dim: at most 16, got 64: the keys and values of a run",
+        ),
+        (("--latent_dim", "0", "--rope_dim", "8"), "latent_dim: must be at least 1, got 0"),
         ((*OPTIONS, "--share_factor", "0"), "share_factor: must be at least 1"),
         ((*OPTIONS, "--cache_bits", "5"), "cache_bits: must be one of 4, 8, 16"),
         ((*OPTIONS, "--cache_code", "asymmetric", "--cache_scales", "channel"), "cache_scales: 'channel' does not go"),
@@ -278,6 +309,7 @@ def test_a_checkpoint_that_cannot_be_converted(checkpoint, kind, words, capsys):
     ],
 )
 def test_options_that_make_no_sense(checkpoint, options, words, capsys):
+    os.truncate(checkpoint / "model.safetensors", 100)  # which is found later: loading takes long
     options = [option.replace("OTHER", str(checkpoint.parent)) for option in options]
     before = sorted(checkpoint.parent.iterdir())
     assert main(["clla", "convert", str(checkpoint), *options]) == 2

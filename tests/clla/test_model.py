@@ -362,44 +362,6 @@ def test_bits_can_change_after_training(build, tokens):
     torch.testing.assert_close(logits, rounded, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"cache_bits": 3}, "cache_bits: must be one of 4, 8, 16, got 3"),
-        ({"rope_bits": 2}, "rope_bits: must be one of 4, 8, 16, got 2"),
-        ({"attention": "latents"}, "attention: must be one of 'latent', 'heads', got 'latents'"),
-        ({"rope_key": "pair"}, "rope_key: must be one of"),
-        ({"quantizer": "later"}, "quantizer: must be one of"),
-        ({"rope_dim": 7}, "rope_dim: must be even"),
-        ({"latent_dim": 0}, "latent_dim: must be at least 1, got 0"),
-        ({"share_factor": 0}, "share_factor: must be at least 1, got 0"),
-        ({"num_attention_heads": 5}, "num_attention_heads: 5 do not divide hidden_size 32"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 do not divide num_attention_heads 4"),
-        ({"group_size": 7}, "group_size: must be even"),
-        ({"value_latent_dim": 24}, "value_latent_dim: must be between 0 and latent_dim 24, got 24"),
-        ({"rope_frequencies": [1.0]}, "rope_frequencies: expected 3, one per pair, got 1"),
-        ({"cache_code": "fp4"}, "cache_code: must be one of 'symmetric', 'asymmetric', 'float', got 'fp4'"),
-        ({"rope_code": "int"}, "rope_code: must be one of 'symmetric', 'asymmetric', 'float', got 'int'"),
-        ({"cache_scales": "vector"}, "cache_scales: must be one of 'token', 'channel', got 'vector'"),
-        ({"cache_scales": "channel", "attention": "heads"}, "cache_scales: 'channel' does not go with attention"),
-        ({"cache_scales": "channel", "cache_code": "asymmetric"}, "cache_scales: 'channel' .* cache_code 'asymmetric'"),
-        ({"cache_scales": "channel", "quantizer": "before_norm"}, "cache_scales: 'channel' .* quantizer 'before_norm'"),
-        ({"producers": [0, 0, 1]}, "producers: expected one per layer, 5, got 3"),
-        ({"producers": [0, 0, 1, 3, 3]}, "producers: layer 2 cannot read the cache of layer 1"),
-        ({"producers": [0, 2, 2, 3, 3]}, "producers: layer 1 cannot read the cache of layer 2"),
-    ],
-)
-def test_a_config_that_makes_no_sense(sizes, settings, message):
-    with pytest.raises(ValueError, match=message):
-        CLLAConfig(**{**sizes, **settings})
-
-
-def test_layouts():
-    assert sharing_layout("adjacent", 5, 2) == [0, 0, 2, 2, 4]
-    assert sharing_layout("trailing", 6, 2) == [0, 1, 2, 2, 2, 2]
-    assert sharing_layout("sandwich", 6, 2) == [0, 1, 1, 1, 1, 5]
-
-
 def test_what_a_model_refuses(build, tokens):
     model = build()
     with pytest.raises(TypeError, match=r"past_key_values: expected a CLLACache\(model.config\), got a DynamicCache"):
@@ -414,3 +376,48 @@ def test_what_a_model_refuses(build, tokens):
     model(tokens, past_key_values=cache)
     with pytest.raises(ValueError, match="attention_mask: a float mask must hold 0"):
         model(tokens[:, :1], past_key_values=cache, attention_mask=torch.rand(2, 1, 1, 14))
+    with pytest.raises(ValueError, match="input_ids: missing, and there are no inputs_embeds either"):
+        model()
+    model.config.cache_scales = "channel"
+    with pytest.raises(ValueError, match="cache_scales: the model was made without steps per channel"):
+        model(tokens)
+
+
+@pytest.mark.parametrize("options", [{"name": "CLA"}, {"name": "GQA", "cache_bits": 16}, {"name": "MLA"}], ids=str)
+def test_gradients_where_the_cache_has_a_past(build, options, tokens):
+    """Heads: those of one pass, in which the tokens before are constants. Latents, read as they lie: a clear error."""
+    model = build(**options)
+    cache, weight = CLLACache(model.config), model.model.layers[0].self_attn.o_proj.weight
+    with torch.no_grad():
+        model(tokens[:, :5], past_key_values=cache)
+    loss = model(tokens[:, 5:], past_key_values=cache).logits.square().sum()
+    if options["name"] == "MLA":
+        with pytest.raises(RuntimeError, match="latent_attention has no gradient"):
+            loss.backward()
+        return
+    attention = [layer.self_attn for layer in model.model.layers if layer.self_attn.produces]
+    ours = torch.autograd.grad(loss, [weight, *(a.v_proj.weight for a in attention)])
+
+    hooks = [  # keys and values of the first five tokens without their gradients
+        projection.register_forward_hook(lambda module, args, out: torch.cat([out[:, :5].detach(), out[:, 5:]], 1))
+        for a in attention
+        for projection in (a.k_proj, a.v_proj)
+    ]
+    loss = model(tokens, use_cache=False).logits[:, 5:].square().sum()
+    theirs = torch.autograd.grad(loss, [weight, *(a.v_proj.weight for a in attention)])
+    for hook in hooks:
+        hook.remove()
+    assert all(gradient.any() for gradient in ours)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
+
+
+def test_steps_take_part_before_anything_is_rounded(build, tokens):
+    """With a gradient of zero: DDP stops at parameters that have none."""
+    model = build(cache_scales="channel", cache_bits=16).train()
+    exact = build(cache_bits=16).train()
+    exact.load_state_dict({k: v for k, v in model.state_dict().items() if "latent_steps" not in k})
+    loss = model(tokens, labels=tokens).loss
+    assert torch.equal(loss, exact(tokens, labels=tokens).loss)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.any() == ("latent_steps" not in name), name

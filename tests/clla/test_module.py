@@ -75,14 +75,22 @@ def test_a_training_sees_the_bits_from_the_update_it_is_told():
         ({"cache_bits": 2}, "cache_bits: must be one of 4, 8, 16, got 2"),
         ({"cache_code": "int"}, "cache_code: must be one of 'symmetric', 'asymmetric', 'float', got 'int'"),
         ({"cache_scales": "channel", "quantizer": "before_norm"}, "cache_scales: 'channel' does not go with quantizer"),
-        ({"heads": 3}, "num_attention_heads: 3 do not divide hidden_size 16"),
+        ({"heads": 3}, "heads: 3 do not divide dim 16"),
+        ({"heads": 0}, "^heads: must be at least 1, got 0"),
+        ({"ffn": 0}, "^ffn: must be at least 1, got 0"),
+        ({"vocab_size": 0}, "^vocab_size: must be at least 1, got 0"),
+        ({"layers": 0}, "^layers: must be at least 1, got 0"),
+        ({"max_length": 0}, "^max_length: must be at least 1, got 0"),
+        ({"kv_heads": 0, "rung": "GQA"}, "^kv_heads: must be positive and divide heads 2, got 0"),
+        ({"kv_heads": -2, "rung": "CLA"}, "^kv_heads: must be positive and divide heads 2, got -2"),
+        ({"dim": "wide"}, "Field 'dim' expected int, got str"),
         ({"quantize_from": -1}, "quantize_from: must not be negative, got -1"),
         ({"equal_parameters": True, "latent_dim": 5000}, "reference: too small"),
     ],
 )
 def test_settings_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
-        CLLAModule(vocab_size=64, **TOY | changes)
+        CLLAModule(**{"vocab_size": 64, **TOY, **changes})
 
 
 @pytest.mark.parametrize("arm", ["CLLA", "CLLA-quant", "MHA"])

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from tenfold.clla import CLLACache, CLLAForCausalLM, calibrate_steps
 from tenfold.clla.formats import Format
-from tenfold.clla.steps import initial_step, learned_step, least_squares_steps
+from tenfold.clla.steps import initial_step, learned_step, least_squares_steps, normal_step
 from tenfold.kernels.latent.packing import unpack_latents
 
 TOPS = {("symmetric", 4): 7, ("symmetric", 8): 127, ("float", 4): 6, ("float", 8): 448}
@@ -79,6 +80,7 @@ def test_the_best_step_for_normal_numbers_is_the_known_one():
     best = tried[errors.argmin()]
     assert best == pytest.approx(0.353, abs=0.002)
     torch.testing.assert_close(steps, best.float().expand(3), rtol=0.06, atol=0)
+    assert normal_step(Format(1, 3, 4, scales=False)) == pytest.approx(best.item(), rel=0.03)
     noise = (steps[0] * (x[:, 0] / steps[0]).round().clamp(-7, 7) - x[:, 0]).square().mean()
     assert 10 * math.log10(x[:, 0].square().mean() / noise) == pytest.approx(18.8, abs=0.1)
 
@@ -121,3 +123,30 @@ def test_channels_of_zeros_keep_their_steps():
 def test_what_calibration_refuses(build, tokens, changes):
     with pytest.raises(ValueError, match="model: has no steps to calibrate; they need attention 'latent', cache_scal"):
         calibrate_steps(build(**changes), tokens)
+
+
+@torch.no_grad()
+def test_decoding_scales_no_weights(build, tokens):
+    """Steps go to the query and to the output; the weights, of which there are far more, stay as they are."""
+    model = build(cache_scales="channel").float()
+    cache = CLLACache(model.config)
+    model(tokens, past_key_values=cache)
+    weight = model.model.layers[0].self_attn.k_up_proj.weight
+    products = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function in (torch.Tensor.mul, torch.Tensor.__mul__, torch.mul):
+                products.append(max(x.numel() for x in args if isinstance(x, torch.Tensor)))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        model(tokens[:, :1], past_key_values=cache)
+    assert products
+    assert max(products) < weight.numel()
+
+
+@pytest.mark.parametrize("part", [slice(0), 0], ids=["none", "a row"])
+def test_calibration_needs_rows_of_tokens(build, tokens, part):
+    with pytest.raises(ValueError, match=r"tokens: expected \(rows, time\), not empty, got \("):
+        calibrate_steps(build(cache_scales="channel"), tokens[part])

@@ -9,8 +9,9 @@ With g the producer of layer l (g = s·⌊l/s⌋ for adjacent runs of s) and ⟨
 
 `⟨·⟩` rounds to the cache's bits, in training too and for the current token too, so that a model is trained on what
 it will read. A reader has no W_DKV and no W_KR, and caches nothing. With static scales per channel, c is cached in
-units of its steps, which all W_UK and W_UV of the run take up (`steps`). Sharing by CLA (arXiv 2405.12981), latents by
-MLA (DeepSeek-V2, arXiv 2405.04434); their combination is a reconstruction of arXiv 2410.15252.
+units of its steps (`steps`): W_UK and W_UV take them up, or, where these are absorbed, the query and the output.
+Sharing by CLA (arXiv 2405.12981), latents by MLA (DeepSeek-V2, arXiv 2405.04434); their combination is a
+reconstruction of arXiv 2410.15252.
 """
 
 from typing import NamedTuple
@@ -36,7 +37,7 @@ class Entry(NamedTuple):
     second: Stored | None  # rotary keys, or values
     past: bool  # whether there is more than this pass's tokens
     steps: Tensor | None = None  # that latents are stored in units of
-    up: tuple[Tensor, Tensor] | None = None  # the producer's up-projections
+    up: tuple[Tensor, Tensor] | None = None  # the weights of the producer's up-projections
 
 
 class _Attention(nn.Module):
@@ -72,14 +73,19 @@ class _Attention(nn.Module):
     ) -> tuple[Stored, Stored | None, bool]:
         """What the cache gives back of new vectors and those before, and whether there were any before.
 
-        Without a cache, and where gradients are to flow, they are rounded as the cache would.
+        Without a cache, and where gradients are to flow, they are rounded as the cache would. The cache itself holds
+        no gradient, and packed latents have none.
         """
         past = cache is not None and cache.get_seq_length(self.layer_idx) > 0
+        packed = past and self.config.attention == "latent"
         if cache is not None:
             stored = cache.update(first, second, self.layer_idx)
-        if cache is None or (torch.is_grad_enabled() and not past):
+        if cache is None or (torch.is_grad_enabled() and not packed):
             vectors = [x for x in (first, second) if x is not None]
             rounded = [f.round(x) for f, x in zip(self.config.cache_formats(self.layer_idx), vectors, strict=True)]
+            if past:
+                before = [dense(x, new.dtype)[:, :, : -new.shape[2]] for x, new in zip(stored, rounded, strict=True)]
+                rounded = [torch.cat(pair, dim=2) for pair in zip(before, rounded, strict=True)]
             stored = rounded[0], (rounded[1] if len(rounded) > 1 else None)
         return *stored, past
 
@@ -104,6 +110,7 @@ class LatentAttention(_Attention):
             self.kv_down_proj = nn.Linear(dim, config.latent_dim, bias=bias)
             weighted = config.latent_norm and config.quantizer == "after_norm"
             self.kv_norm = LlamaRMSNorm(config.latent_dim, config.rms_norm_eps) if weighted else nn.Identity()
+            self.latent_steps = None
             if config.cache_scales == "channel":
                 step = initial_step(config.cache_formats(layer_idx)[0])
                 self.latent_steps = nn.Parameter(torch.full((config.latent_dim,), step))
@@ -139,6 +146,8 @@ class LatentAttention(_Attention):
             return self._absorbed(content, rotary, entry, attention_mask), None
 
         k_up, v_up = entry.up
+        if entry.steps is not None:
+            k_up, v_up = k_up * entry.steps[: k_up.shape[1]], v_up * entry.steps[-v_up.shape[1] :]
         latent = dense(_one_head(entry.first), hidden_states.dtype)
         key = F.linear(latent[..., : k_up.shape[1]], k_up).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         value = F.linear(latent[..., -v_up.shape[1] :], v_up).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -156,31 +165,33 @@ class LatentAttention(_Attention):
             latent, steps = self.kv_norm(self.kv_down_proj(hidden))[:, None], None
             format = self.config.cache_formats(self.layer_idx)[0]
             if not format.scales:
+                if self.latent_steps is None:
+                    raise ValueError(
+                        "cache_scales: the model was made without steps per channel; they come with "
+                        "from_pretrained(folder, cache_scales='channel')"
+                    )
                 steps = learned_step(self.latent_steps, format)
                 latent = latent.to(torch.promote_types(latent.dtype, torch.float32)) / steps
+            elif self.latent_steps is not None and torch.is_grad_enabled():
+                latent = latent + 0 * self.latent_steps.to(latent.dtype)  # DDP wants a gradient of every parameter
             entry = Entry(*self._store(latent, new_rope, cache), steps)
-            shared[self.layer_idx] = entry = entry._replace(up=self._up(steps))
+            shared[self.layer_idx] = entry = entry._replace(up=(self.k_up_proj.weight, self.v_up_proj.weight))
         else:
             entry = shared[self.producer]
             if new_rope is not None:
                 entry = entry._replace(second=self._store(new_rope, None, cache)[0])
             if self.expands:
-                entry = entry._replace(up=self._up(entry.steps))
+                entry = entry._replace(up=(self.k_up_proj.weight, self.v_up_proj.weight))
         if cache is not None and self.is_last_reader:
             del shared[self.producer]  # with offloading, this is the last of the run's cache on the device
         return entry
-
-    def _up(self, steps: Tensor | None) -> tuple[Tensor, Tensor]:
-        """W_UK and W_UV, for latents in units of `steps`."""
-        keys, values = self.k_up_proj.weight, self.v_up_proj.weight
-        if steps is None:
-            return keys, values
-        return keys * steps[: keys.shape[1]], values * steps[-values.shape[1] :]
 
     def _absorbed(self, content: Tensor, rotary: Tensor, entry: Entry, mask: Tensor | None) -> Tensor:
         """The same attention over the cache as it lies: W_UK moved to the query, W_UV to the output."""
         k_up, v_up = (weight.unflatten(0, (self.heads, -1)) for weight in entry.up)
         query = content @ k_up
+        if entry.steps is not None:  # far fewer numbers than in the weights
+            query = query * entry.steps[: query.shape[-1]].to(query.dtype)
         query = F.pad(
             query, (0, entry.first.shape[-1] - query.shape[-1])
         )  # nothing to do unless the values have their own part
@@ -194,6 +205,8 @@ class LatentAttention(_Attention):
             causal=mask is None,
             mask=mask,
         )
+        if entry.steps is not None:
+            z = z * entry.steps.to(z.dtype)
         out = z[..., -v_up.shape[-1] :] @ v_up.transpose(1, 2)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 
@@ -69,6 +70,8 @@ def ladder_costs(base: CLLAConfig, *, kv_heads: int | None = None) -> list[Cost]
 def budget(config: str = "paper", memory: float = 80.0, kv_heads: int | None = None, plot: Path | None = None) -> None:
     """What the cache of every rung costs: bytes per token, share of MHA's, tokens that fit.
 
+    The rotary key is counted in as many bits as the latent; the title has the bytes of the config as it is.
+
     Args:
         config: a shipped config, a YAML file of the same form, or a folder that `save_pretrained` wrote.
         memory: in GB of 10⁹ bytes, all of it for the cache.
@@ -82,7 +85,9 @@ def budget(config: str = "paper", memory: float = 80.0, kv_heads: int | None = N
     title = (
         f"{base.num_hidden_layers} layers of {base.num_attention_heads} heads of {base.head_dim}, latent "
         f"{base.latent_dim}, rotary key {base.rope_dim}, {base.share_factor} layers a cache, "
-        f"{base.cache_code} codes, scales per {base.cache_scales}"
+        f"{base.cache_code} codes, scales per {base.cache_scales}; rotary key in the latent's bits. As configured, "
+        f"cache_bits {base.cache_bits} and rope_bits {base.rope_bits or base.cache_bits}: "
+        f"{bytes_per_token(base):,} bytes"
     )
     table = Table(
         "rung", "bits", "bytes per token", "of MHA", f"tokens in {memory:g} GB", "", title=title, title_justify="left"
@@ -124,8 +129,11 @@ def load_config(name: str) -> CLLAConfig:
     path = Path(name)
     if (path / "config.json").is_file():
         try:
+            kind = CLLAConfig.get_config_dict(path)[0].get("model_type")
+            if kind != CLLAConfig.model_type:
+                raise ValueError(f"config.json is not that of a CLLA model, its model_type is {kind!r}")
             return CLLAConfig.from_pretrained(path)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, StrictDataclassError) as error:
             raise UserError(f"config {name}: {' '.join(str(error).split())}") from error
     shipped = configs(METHOD)
     if name not in shipped and not path.is_file():

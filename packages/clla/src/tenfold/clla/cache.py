@@ -27,15 +27,24 @@ class Stream:
 
     def append(self, x: Tensor) -> Stored:
         """Store `x`, `(B, heads, T, width)`, after what is there; all of it, as it lies. No gradient passes."""
+        return self.write(self.pack(x))
+
+    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What `write` would store of `x`; refused here, if at all."""
         new = parts(self.format.pack(x.detach()))
         self._check(x, new)
-        if self.buffers and self.buffers[0].device != x.device:
-            self.move(x.device)
-        end = self.length + x.shape[2]
+        return new
+
+    def write(self, new: tuple[Tensor, ...]) -> Stored:
+        """Store what `pack` made."""
+        device = new[0].device
+        if self.buffers and self.buffers[0].device != device:
+            self.move(device)
+        end = self.length + new[0].shape[2]
         self._reserve(end, new)
         for buffer, part in zip(self.buffers, new, strict=True):
             buffer[:, :, self.length : end] = part
-        self.length, self.device = end, x.device
+        self.length, self.device = end, device
         return self.read()
 
     def read(self) -> Stored:
@@ -107,14 +116,22 @@ class CLLALayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor | None = None, *args, **kwargs
     ) -> tuple[Stored, Stored | None]:
-        """Append new vectors `(B, heads, T, width)` and return all that is stored, packed as it lies."""
+        """Append new vectors `(B, heads, T, width)` and return all that is stored, packed as it lies.
+
+        Raises:
+            ValueError: they do not belong to this layer, or there is no room; nothing is changed.
+        """
         vectors = [x for x in (key_states, value_states) if x is not None]
         if len(vectors) != len(self.streams):
             raise ValueError(
                 f"past_key_values: a layer stores {len(self.streams)} kinds of vectors, got {len(vectors)}; it belongs "
                 "to another config"
             )
-        stored = [stream.append(x) for stream, x in zip(self.streams, vectors, strict=True)]
+        if len({(len(x), x.shape[2]) for x in vectors}) > 1:
+            shapes = " and ".join(str(tuple(x.shape)) for x in vectors)
+            raise ValueError(f"past_key_values: expected as many sequences and tokens of each kind, got {shapes}")
+        packed = [stream.pack(x) for stream, x in zip(self.streams, vectors, strict=True)]
+        stored = [stream.write(new) for stream, new in zip(self.streams, packed, strict=True)]
         self.is_initialized = True
         return stored[0], (stored[1] if len(stored) > 1 else None)
 
@@ -225,19 +242,25 @@ class CLLACache(Cache):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` of a cache for the same config gave.
+        """Take over what `state_dict` of a cache for the same config gave, and `max_length` has room for.
+
+        Compared are which layers cache, sizes, codes, bits and groups of numbers that share a scale; a model with
+        the same of these and other weights, or another place of its norm, makes a state that looks alike.
 
         Raises:
-            ValueError: it is another config's; nothing is changed.
+            ValueError: it is another config's, or too long; nothing is changed.
         """
         expected = {}
         for name, stream in self._streams():
             like = parts(stream.format.pack(torch.zeros(1, stream.format.heads, 1, stream.format.width)))
             for kind, part in zip(stream.format.names, like, strict=True):
-                expected[f"{name}.{kind}"] = part.shape[3:] + part.shape[1:2]
-        found = {name: part.shape[3:] + part.shape[1:2] for name, part in state.items()}
+                expected[f"{name}.{kind}"] = _kind(kind, part)
+        found = {name: _kind(name, part) for name, part in state.items()}
         if state and (found != expected or len({(part.shape[0], part.shape[2]) for part in state.values()}) != 1):
             raise ValueError("state: saved from a cache of another config, or not whole")
+        length, limit = max((part.shape[2] for part in state.values()), default=0), self.layers[0].max_length
+        if limit is not None and length > limit:
+            raise ValueError(f"state: has {length} tokens, but this cache was made for {limit}")
         for name, stream in self._streams():
             stream.load(tuple(state[f"{name}.{kind}"] for kind in stream.format.names) if state else ())
 
@@ -245,3 +268,11 @@ class CLLACache(Cache):
         for index, layer in enumerate(self.layers):
             for number, stream in enumerate(getattr(layer, "streams", ())):
                 yield f"layers.{index}.{number}", stream
+
+
+def _kind(name: str, part: object) -> tuple | None:
+    """What of a stored tensor `(B, heads, T, ·)` is the format's; numbers in 16 bits may be of any floating dtype."""
+    if not isinstance(part, Tensor) or part.dim() != 4:
+        return None
+    any_dtype = name.endswith("numbers") and part.is_floating_point()
+    return part.shape[1], part.shape[3], None if any_dtype else part.dtype

@@ -8,20 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from tenfold.core.data.corpus import Corpus
 from tenfold.core.errors import UserError
 
-from .config import CLLAConfig, Scales, sharing_layout
+from .config import CLLAConfig, Scales
 from .factorize import Factors, Run, factorize, rotary_components, square_root
 from .formats import Code
 from .model import CLLAForCausalLM
-from .steps import calibrate_steps, initial_step
+from .steps import calibrate_steps, normal_step
 
 SUPPORTED = ("llama", "mistral", "qwen2")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the length
@@ -52,29 +53,31 @@ def convert(
         share_factor: layers that share a cache.
         cache_bits: 4, 8 or 16.
         cache_code: what 4 or 8 bits stand for: symmetric or asymmetric integers, or float (FP4, FP8).
-        cache_scales: token: stored with the codes; channel: a step for each number of the latent, of least squared
-            error on the calibration text, which the cache does not hold.
+        cache_scales: token: stored with the codes; channel: a step for each number of the latent, which the cache does
+            not hold, of least squared error on the calibration text, or without one on normal numbers.
         window: distances in tokens over which keys that are no longer rotated shall be right on average.
         calibration: text (.txt or .jsonl) to measure the hidden states on; by default they are taken to be white.
         tokens: of it.
     """
-    output = checkpoint.with_name(checkpoint.resolve().name + "-clla") if output is None else output
+    folder = checkpoint.resolve()
+    output = folder.with_name(folder.name + "-clla") if output is None else output
     if output.exists():
         raise UserError(f"output: {output} is there already")
-    source = load_checkpoint(checkpoint)
-    text = None if calibration is None else calibration_tokens(checkpoint, calibration, tokens, source)
+    config = checkpoint_config(checkpoint)
+    settings = {
+        "latent_dim": latent_dim,
+        "rope_dim": rope_dim,
+        "share_factor": share_factor,
+        "cache_bits": cache_bits,
+        "cache_code": cache_code,
+        "cache_scales": cache_scales,
+    }
     try:
-        model, errors = convert_model(
-            source,
-            latent_dim=latent_dim,
-            rope_dim=rope_dim,
-            share_factor=share_factor,
-            cache_bits=cache_bits,
-            cache_code=cache_code,
-            cache_scales=cache_scales,
-            window=window,
-            calibration=text,
-        )
+        if window < 1:
+            raise ValueError(f"window: must be at least 1, got {window}")
+        converted_config(config, **settings, biased=calibration is not None or _biased(config))
+        text = None if calibration is None else calibration_tokens(checkpoint, calibration, tokens, config)
+        model, errors = convert_model(load_checkpoint(checkpoint), **settings, window=window, calibration=text)
     except ValueError as error:
         raise UserError(str(error)) from error
     with _whole_folder(output) as temporary:
@@ -98,8 +101,8 @@ def convert(
     )
 
 
-def load_checkpoint(folder: Path) -> PreTrainedModel:
-    """The model in `folder`, which must be whole and of a kind that can be converted.
+def checkpoint_config(folder: Path) -> PreTrainedConfig:
+    """The config in `folder`, which must be of a kind that can be converted.
 
     Raises:
         UserError: it is not.
@@ -108,7 +111,7 @@ def load_checkpoint(folder: Path) -> PreTrainedModel:
         raise UserError(f"checkpoint: {folder} is not a folder with a config.json")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
         raise UserError(f"checkpoint: {folder}/config.json cannot be read: {_gist(error)}") from error
     if config.model_type not in SUPPORTED:
         raise UserError(
@@ -122,6 +125,15 @@ def load_checkpoint(folder: Path) -> PreTrainedModel:
             f"checkpoint: rope_type {config.rope_parameters['rope_type']!r} cannot be converted; accepted: "
             f"{', '.join(_ROPE_TYPES)}"
         )
+    return config
+
+
+def load_checkpoint(folder: Path) -> PreTrainedModel:
+    """The model in `folder`, which must be whole.
+
+    Raises:
+        UserError: it is not.
+    """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -170,8 +182,8 @@ def convert_model(
         share_factor: layers that share a cache.
         cache_bits: 4, 8 or 16.
         cache_code: `symmetric`, `asymmetric` or `float`.
-        cache_scales: `token` or `channel`. Steps are calibrated on `calibration`; without it they are those that
-            training begins with, which suit numbers of unit variance, as the latent's are.
+        cache_scales: `token` or `channel`. Steps are calibrated on `calibration`; without it they are those of least
+            squared error for normal numbers of unit variance, as the latent's are if the hidden states are white.
         window: distances over which unrotated keys shall be right on average.
         calibration: tokens `(rows, time)` to run `source` on; None takes its normed hidden states to be white.
 
@@ -180,18 +192,26 @@ def convert_model(
     """
     layers, rotary = source.model.layers, source.model.rotary_emb
     attention = [layer.self_attn for layer in layers]
-    biased = calibration is not None or any(m.bias is not None for a in attention for m in (a.q_proj, a.k_proj))
-    producers = sharing_layout("adjacent", len(layers), share_factor)
-    moments = None if calibration is None else _moments(source, calibration, producers)
-    frequencies = rotary.inv_freq.double().cpu()
+    biased = calibration is not None or _biased(source.config)
     if window < 1:
         raise ValueError(f"window: must be at least 1, got {window}")
+    config = converted_config(
+        source.config,
+        latent_dim=latent_dim,
+        rope_dim=rope_dim,
+        share_factor=share_factor,
+        biased=biased,
+        cache_bits=cache_bits,
+        cache_code=cache_code,
+        cache_scales=cache_scales,
+    )
+    producers = config.cache_producers
+    moments = None if calibration is None else _moments(source, calibration, producers)
+    frequencies = rotary.inv_freq.double().cpu()
 
     groups = [[i for i, producer in enumerate(producers) if producer == g] for g in sorted(set(producers))]
     runs = [_run(source, group, biased, moments) for group in groups]
     components = rotary_components(runs, frequencies, rope_dim=rope_dim, window=window)
-    cache = {"cache_bits": cache_bits, "cache_code": cache_code, "cache_scales": cache_scales}
-    config = _config(source.config, latent_dim, rope_dim, share_factor, cache, biased)
     config.rope_frequencies = [f for f, n in zip(frequencies.tolist(), components, strict=True) for _ in range(n)]
     with torch.device("meta"):
         model = CLLAForCausalLM(config)
@@ -204,7 +224,7 @@ def convert_model(
         errors += factors.errors
         state |= _weights(group, factors, attention, scale, biased)
         if cache_scales == "channel":
-            step = initial_step(config.cache_formats(group[0])[0])
+            step = normal_step(config.cache_formats(group[0])[0])
             state[f"model.layers.{group[0]}.self_attn.latent_steps"] = torch.full((latent_dim,), step)
     state = {name: weight.to(source.dtype).contiguous() for name, weight in state.items()}
     model.load_state_dict(state, assign=True)
@@ -217,9 +237,9 @@ def convert_model(
     return model.eval(), errors
 
 
-def calibration_tokens(folder: Path, text: Path, count: int, source: PreTrainedModel) -> Tensor:
+def calibration_tokens(folder: Path, text: Path, count: int, config: PreTrainedConfig) -> Tensor:
     """`count` tokens of `text` by the checkpoint's own tokenizer, in rows of up to 512."""
-    length = min(512, source.config.max_position_embeddings)
+    length = min(512, config.max_position_embeddings)
     if count < length:
         raise UserError(f"tokens: must be at least {length}, a row, got {count}")
     try:
@@ -237,14 +257,21 @@ def calibration_tokens(folder: Path, text: Path, count: int, source: PreTrainedM
     return torch.tensor(ids[: min(count, len(ids)) // length * length]).view(-1, length)
 
 
-def _config(source, latent_dim: int, rope_dim: int, share_factor: int, cache: dict, biased: bool) -> CLLAConfig:
+def converted_config(
+    source: PreTrainedConfig, *, latent_dim: int, rope_dim: int, share_factor: int, biased: bool, **cache
+) -> CLLAConfig:
+    """The config of what `convert_model` makes of a model of config `source`; no weights are needed to refuse it.
+
+    Raises:
+        ValueError: a value that is not accepted, or sizes for which the keys and values have no room.
+    """
     names = """
         vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act
         max_position_embeddings initializer_range rms_norm_eps pad_token_id bos_token_id eos_token_id
         tie_word_embeddings
     """.split()  # noqa: SIM905
     heads = source.num_attention_heads
-    return CLLAConfig(
+    config = CLLAConfig(
         **{name: getattr(source, name) for name in names},
         head_dim=getattr(source, "head_dim", None) or source.hidden_size // heads,
         num_key_value_heads=heads,
@@ -256,6 +283,21 @@ def _config(source, latent_dim: int, rope_dim: int, share_factor: int, cache: di
         **cache,
         latent_norm=False,  # it would throw away each latent's length, which the source's values depend on
     )
+    # The ranks that rotary_components and factorize find, in the run that has the fewest layers.
+    keys = source.num_key_value_heads * min(map(config.cache_producers.count, set(config.cache_producers)))
+    width = source.hidden_size + int(biased)
+    limits = {
+        "latent_dim": (latent_dim, min(2 * keys * config.head_dim, width)),
+        "rope_dim": (rope_dim, min(keys, width) * config.head_dim),
+    }
+    told = [f"{name}: at most {limit}, got {given}" for name, (given, limit) in limits.items() if given > limit]
+    if told:
+        raise ValueError(f"{'; '.join(told)}: the keys and values of a run have no more")
+    return config
+
+
+def _biased(config: PreTrainedConfig) -> bool:
+    return config.model_type == "qwen2" or getattr(config, "attention_bias", False)
 
 
 def _run(source: PreTrainedModel, group: list[int], biased: bool, moments: dict | None) -> Run:

@@ -72,10 +72,11 @@ class Format:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of `parts`: they tell the code, which codes do not."""
+        """Of `parts`: they tell the code and the numbers that share a scale, which codes and scales do not."""
         if self.bits == 16:
             return ("numbers",)
-        return (f"{self.code}_{self.bits}", "scales") if self.scales else (f"{self.code}_{self.bits}",)
+        codes, scales = f"{self.code}_{self.bits}", f"scales_{min(self.group, self.width)}"
+        return (codes, scales) if self.scales else (codes,)
 
     @property
     def group(self) -> int:

@@ -25,11 +25,13 @@ def rung(base: CLLAConfig, name: str, *, kv_heads: int | None = None, **changes)
     if name not in RUNGS:
         raise ValueError(f"rung: must be one of {', '.join(RUNGS)}, got {name!r}")
     heads = base.num_attention_heads
+    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+        raise ValueError(f"kv_heads: must be positive and divide num_attention_heads {heads}, got {kv_heads}")
     per_head = {
         "MHA": heads,
-        "GQA": kv_heads or max(1, heads // 4),
+        "GQA": max(1, heads // 4) if kv_heads is None else kv_heads,
         "MQA": 1,
-        "CLA": kv_heads or heads,
+        "CLA": heads if kv_heads is None else kv_heads,
     }
     settings = base.to_dict()
     settings["attention"] = "heads" if name in per_head else "latent"

@@ -82,7 +82,7 @@ class CLLAPreTrainedModel(LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "latent_steps"):
+        if getattr(module, "latent_steps", None) is not None:
             step = initial_step(self.config.cache_formats(module.layer_idx)[0])
             initialization.constant_(module.latent_steps, step)
 
@@ -115,8 +115,9 @@ class CLLAModel(CLLAPreTrainedModel, LlamaModel):
     ) -> BaseModelOutputWithPast:
         """As Llama's. A cache is made where `use_cache` asks for one, by default in evaluation mode.
 
-        A given cache must be a `CLLACache`; `cache` is what transformers from 5.24 on calls `past_key_values`. What
-        it holds from earlier calls is detached: no gradient flows there.
+        A given cache must be a `CLLACache`; `cache` is what transformers from 5.24 on calls `past_key_values`. No
+        gradient flows to what it holds from earlier calls. To the tokens of this call it does if there were none
+        before, or keys and values are cached; latents are read as they lie, and `backward` raises a RuntimeError.
 
         Raises:
             ValueError, TypeError: a cache of another kind or config, or more tokens than the model has positions.
@@ -131,6 +132,8 @@ class CLLAModel(CLLAPreTrainedModel, LlamaModel):
                 raise TypeError(f"past_key_values: expected a CLLACache(model.config), got a {got}")
             cache.check(self.config)
         inputs = inputs_embeds if input_ids is None else input_ids
+        if inputs is None:
+            raise ValueError("input_ids: missing, and there are no inputs_embeds either")
         length = (cache.get_seq_length() if cache is not None else 0) + inputs.shape[1]
         if length > self.config.max_position_embeddings:
             raise ValueError(

@@ -1,7 +1,9 @@
 """Training a CLLA language model, or any other rung of the ladder, with Lightning."""
 
+import re
 from typing import Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +15,22 @@ from .ladder import rung, with_parameters_of
 from .model import CLLAForCausalLM
 
 Rung = Literal["MHA", "GQA", "MQA", "CLA", "MLA", "CLLA"]
+
+# What the configuration calls the module's arguments, where it calls them otherwise.
+ARGUMENTS = {
+    "hidden_size": "dim",
+    "intermediate_size": "ffn",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "max_position_embeddings": "max_length",
+    "tie_word_embeddings": "tie_embeddings",
+    "initializer_range": "init_std",
+    "attn_implementation": "attention",
+}
+_SAME = """
+    vocab_size head_dim share_factor latent_dim rope_dim rope_key share_up_projections quantizer cache_bits rope_bits
+    cache_code rope_code cache_scales group_size
+""".split()  # noqa: SIM905
 
 
 class CLLAModule(CausalLM):
@@ -38,7 +56,7 @@ class CLLAModule(CausalLM):
             the cache does not hold; see CLLAConfig.
         group_size: numbers that share a scale; None is one scale per vector.
         quantize_from: the update from which on training sees the cache's bits; 16 bits before it, when steps per
-            channel have no gradient.
+            channel stay as they are.
         rope_theta: base of the rotary frequencies.
         others: sizes and optimizer, as `CausalLM` takes them.
 
@@ -76,37 +94,21 @@ class CLLAModule(CausalLM):
         self.config()  # what does not go together shows now, not when training begins
 
     def config(self) -> CLLAConfig:
-        """The model's configuration."""
+        """The model's configuration.
+
+        Raises:
+            ValueError: a value that is not accepted, in the words of this class.
+        """
         h = self.hparams
-        base = CLLAConfig(
-            vocab_size=h.vocab_size,
-            hidden_size=h.dim,
-            intermediate_size=h.ffn,
-            num_hidden_layers=h.layers,
-            num_attention_heads=h.heads,
-            head_dim=h.head_dim,
-            max_position_embeddings=h.max_length,
-            rope_parameters={"rope_type": "default", "rope_theta": h.rope_theta},
-            tie_word_embeddings=h.tie_embeddings,
-            initializer_range=h.init_std,
-            bos_token_id=0,
-            eos_token_id=0,
-            attn_implementation=h.attention,
-            share_factor=h.share_factor,
-            latent_dim=h.latent_dim,
-            rope_dim=h.rope_dim,
-            rope_key=h.rope_key,
-            share_up_projections=h.share_up_projections,
-            quantizer=h.quantizer,
-            cache_bits=h.cache_bits,
-            rope_bits=h.rope_bits,
-            cache_code=h.cache_code,
-            rope_code=h.rope_code,
-            cache_scales=h.cache_scales,
-            group_size=h.group_size,
-        )
-        config = rung(base, h.rung, kv_heads=h.kv_heads)
-        return with_parameters_of(config, rung(base, "MHA")) if h.equal_parameters else config
+        given = {name: h[name] for name in _SAME} | {name: h[ours] for name, ours in ARGUMENTS.items()}
+        rope = {"rope_type": "default", "rope_theta": h.rope_theta}
+        try:
+            base = CLLAConfig(**given, rope_parameters=rope, bos_token_id=0, eos_token_id=0)
+            config = rung(base, h.rung, kv_heads=h.kv_heads)
+            return with_parameters_of(config, rung(base, "MHA")) if h.equal_parameters else config
+        except (ValueError, StrictDataclassError) as error:
+            told = re.sub(r"\w+", lambda word: ARGUMENTS.get(word[0], word[0]), " ".join(str(error).split()))
+            raise ValueError(told) from error
 
     def build(self) -> PreTrainedModel:
         """The model to train, with fresh weights."""

@@ -15,6 +15,7 @@ c has unit variance, E|c| = √(2/π) if it is normal.
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,6 +32,13 @@ SMALLEST = 1e-6
 def initial_step(format: Format) -> float:
     """2·E|c|/√Q for c of unit variance; for a latent that is not rounded (yet), as in 4 bits."""
     return 2 * math.sqrt(2 / math.pi) / math.sqrt(_largest(format))
+
+
+def normal_step(format: Format) -> float:
+    """The step of least squared error for standard normal numbers; for latents that are not rounded, as in 4 bits."""
+    format = replace(format, bits=4) if format.bits == 16 else format
+    quantiles = torch.special.ndtri((torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000)
+    return least_squares_steps(quantiles[:, None], format, quantiles.new_ones(1)).item()
 
 
 def learned_step(parameter: Tensor, format: Format) -> Tensor:
@@ -51,12 +59,14 @@ def calibrate_steps(model: nn.Module, tokens: Tensor) -> None:
         tokens: of ordinary text, `(rows, time)`; a few thousand.
 
     Raises:
-        ValueError: the model has no steps, or does not round.
+        ValueError: the model has no steps, or does not round; or there are no tokens.
 
     Example:
         >>> model = CLLAForCausalLM.from_pretrained("runs/my-clla", cache_scales="channel")
         >>> calibrate_steps(model, tokens)
     """
+    if tokens.dim() != 2 or not tokens.numel():
+        raise ValueError(f"tokens: expected (rows, time), not empty, got {tuple(tokens.shape)}")
     config = model.config
     if config.attention != "latent" or config.cache_scales != "channel" or config.cache_bits == 16:
         raise ValueError(
