@@ -15,8 +15,16 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from tenfold.core.data.text import TextDataModule
 from tenfold.core.methods import configs
 
-SIZES = {"vocab_size": 300, "layers": 2, "dim": 32, "heads": 2, "ffn": 32, "max_length": 32, "warmup_steps": 1}
-SMALL = {"block_size": 16, "head_dim": 16, "latent_dim": 16, "rope_dim": 8, "group_size": None, "shard_size": None, "kv_heads": None}
+SIZES = {"vocab_size": 300, "layers": 4, "dim": 32, "heads": 2, "ffn": 32, "max_length": 32, "warmup_steps": 1}
+SMALL = {
+    "block_size": 16,
+    "head_dim": 16,
+    "latent_dim": 16,
+    "rope_dim": 8,
+    "group_size": None,
+    "shard_size": None,
+    "kv_heads": None,
+}
 
 
 class Losses(Callback):

@@ -14,6 +14,7 @@ Sharing by CLA (arXiv 2405.12981), latents by MLA (DeepSeek-V2, arXiv 2405.04434
 reconstruction of arXiv 2410.15252.
 """
 
+from collections.abc import MutableMapping
 from typing import NamedTuple
 
 import torch
@@ -132,7 +133,7 @@ class LatentAttention(_Attention):
         past_key_values: CLLACache | None = None,  # by its name until transformers 5.24, and from then on
         cache: CLLACache | None = None,
         *,
-        shared: dict[int, Entry],
+        shared: MutableMapping[int, Entry],
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states `(B, T, dim)` to the same, and the weights where transformers' function gives them."""
@@ -158,7 +159,7 @@ class LatentAttention(_Attention):
         return self._attend(query, key, value, attention_mask, **kwargs)
 
     def _entry(
-        self, hidden: Tensor, new_rope: Tensor | None, cache: CLLACache | None, shared: dict[int, Entry]
+        self, hidden: Tensor, new_rope: Tensor | None, cache: CLLACache | None, shared: MutableMapping[int, Entry]
     ) -> Entry:
         """What this layer attends to: made and left for the run by a producer, taken up by its readers."""
         if self.produces:
@@ -231,7 +232,7 @@ class HeadsAttention(_Attention):
         past_key_values: CLLACache | None = None,  # by its name until transformers 5.24, and from then on
         cache: CLLACache | None = None,
         *,
-        shared: dict[int, Entry],
+        shared: MutableMapping[int, Entry],
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states `(B, T, dim)` to the same, and the weights where transformers' function gives them."""

@@ -1,5 +1,6 @@
 """CLLA as a transformers model: Llama's own parts around shared latent attention."""
 
+from collections import UserDict
 from typing import ClassVar
 
 import torch
@@ -146,7 +147,7 @@ class CLLAModel(CLLAPreTrainedModel, LlamaModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            shared={},
+            shared=UserDict(),  # of a dict, FSDP2 would give each layer a copy
             **{CACHE: cache},
             **kwargs,
         )

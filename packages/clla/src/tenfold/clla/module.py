@@ -110,6 +110,16 @@ class CLLAModule(CausalLM):
             told = re.sub(r"\w+", lambda word: ARGUMENTS.get(word[0], word[0]), " ".join(str(error).split()))
             raise ValueError(told) from error
 
+    def configure_model(self) -> None:
+        """As CausalLM's; layers that are sharded cannot lend each other weights.
+
+        Raises:
+            ValueError: `share_up_projections` under ModelParallelStrategy.
+        """
+        if self.lm is None and self.device_mesh is not None and self.hparams.share_up_projections:
+            raise ValueError("share_up_projections: ModelParallelStrategy puts a layer's weights away after its pass")
+        super().configure_model()
+
     def build(self) -> PreTrainedModel:
         """The model to train, with fresh weights."""
         return CLLAForCausalLM(self.config())
