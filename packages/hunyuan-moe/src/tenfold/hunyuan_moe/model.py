@@ -203,14 +203,17 @@ class HunyuanLargeForCausalLM(HunyuanLargePreTrainedModel, GenerationMixin):
         """As transformers', but strict.
 
         Raises:
-            ValueError: a local folder whose tensors are not exactly the model's, all of them named in one line.
+            ValueError: a local folder whose tensors are not exactly the model's, all of them named in one line; one
+                with a head beside the embedding that should be it.
         """
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
         whole = pretrained_model_name_or_path is not None and (folder / "config.json").is_file()
         if whole and "state_dict" not in kwargs:  # an adapter's folder has no config of the model
-            if not isinstance(config, HunyuanLargeConfig):
-                config = HunyuanLargeConfig.from_pretrained(config or folder)
-            check_folder(folder, config)
+            checked = config
+            if not isinstance(checked, HunyuanLargeConfig):  # transformers, too, changes what the folder says
+                changes = {name: value for name, value in kwargs.items() if hasattr(HunyuanLargeConfig, name)}
+                checked = HunyuanLargeConfig.from_pretrained(config or folder, **changes)
+            check_folder(folder, checked)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     def forward(
