@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from tenfold.core.lm import CausalLM
@@ -62,7 +64,8 @@ class HunyuanLarge(CausalLM):
         anneal_share: of the steps, the last ones, over which the rate falls to `lr · min_lr_ratio`.
         decay_ratio: where the decay before it ends, relative to `lr`; not published.
         tie_embeddings: whether the head's weight is the embedding's.
-        weights: a folder in the released layout to begin with, of which each process reads its share.
+        weights: a folder in the released layout to begin with, of which each process reads its share. Once there is a
+            checkpoint it is not needed any more.
         shard_size: under `ModelParallelStrategy`, processes that share one copy of the weights; by default all of them.
         others: sizes and optimizer, as `CausalLM` takes them; `ffn` is an expert's inner width.
     """
@@ -97,6 +100,12 @@ class HunyuanLarge(CausalLM):
         }.items():
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: must be positive, got {value}")
+        h = self.hparams
+        if not 0 <= h.init_std <= 1:
+            raise ValueError(f"init_std: must be from 0 to 1, got {h.init_std}")
+        if not h.min_lr_ratio <= decay_ratio <= 1:
+            raise ValueError(f"decay_ratio: must be from min_lr_ratio {h.min_lr_ratio} to 1, got {decay_ratio}")
+        self._absent: RemovableHandle | None = None
         self.config()  # what does not go together shows now, not when training begins
 
     def config(self) -> HunyuanLargeConfig:
@@ -124,6 +133,13 @@ class HunyuanLarge(CausalLM):
         """The model to train, with fresh weights."""
         return HunyuanLargeForCausalLM(self.config())
 
+    def setup(self, stage: str) -> None:
+        """Refuse data that does not fit, and a share of processes that nothing would be sharded over."""
+        super().setup(stage)
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        if stage == "fit" and self.hparams.shard_size is not None and not sharded:
+            raise ValueError("shard_size: needs trainer.strategy to be ModelParallelStrategy, nothing else shards")
+
     def configure_model(self) -> None:
         """Build the model, once, and listen for its balance loss.
 
@@ -142,8 +158,19 @@ class HunyuanLarge(CausalLM):
             strategy = self.trainer.strategy
             fill(self, self.lm, mesh, device=strategy.root_device, seed=strategy.broadcast(torch.initial_seed()))
         if self.hparams.weights is not None:
-            read_weights(self.lm, Path(self.hparams.weights))
+            if Path(self.hparams.weights).is_dir():
+                read_weights(self.lm, Path(self.hparams.weights))
+            else:  # nor is it needed if a checkpoint follows, which shows later
+                self._absent = self.lm.base_model.register_forward_pre_hook(self._refuse)
         self.lm.base_model.register_forward_hook(self._keep_balance)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """The checkpoint has what `weights` was for."""
+        if self._absent is not None:
+            self._absent.remove()
+
+    def _refuse(self, model: torch.nn.Module, inputs: tuple) -> None:
+        raise FileNotFoundError(f"weights: there is no folder {self.hparams.weights}")
 
     def _keep_balance(self, model: torch.nn.Module, inputs: tuple, output) -> None:
         self._balance = output.balance_loss
