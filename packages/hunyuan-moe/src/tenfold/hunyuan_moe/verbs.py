@@ -77,8 +77,6 @@ def scaling(
         compute = training_flops(params, tokens, per_parameter=per_parameter, per_token=per_token)
     if compute is None:
         return
-    if not 0 < compute < float("inf"):
-        raise ValueError(f"compute: must be positive, got {compute:g}")
     least = minimal_compute(compute, batch_ratio)
     if params is not None:
         console.print(f"{short(params)} activated parameters on {short(tokens)} tokens: C = {compute:.4e}.")
