@@ -133,6 +133,37 @@ def test_a_tied_head_may_be_there(folder):
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     write(folder, state)
     HunyuanLargeForCausalLM.from_pretrained(folder)
+    state["lm_head.weight"][96, 31] += 1
+    write(folder, state)
+    with pytest.raises(ValueError, match=r"tie_word_embeddings is true, but lm_head\.weight is not model\.embed_tok"):
+        HunyuanLargeForCausalLM.from_pretrained(folder)
+
+
+def test_an_untied_folder_does_not_lose_its_head(folder):
+    state = tensors()
+    state["lm_head.weight"] = torch.randn(97, 32)
+    write(folder, state)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": False}))
+    with pytest.raises(ValueError, match="its tie_word_embeddings is False, the model's True"):
+        read_weights(HunyuanLargeForCausalLM(HunyuanLargeConfig.from_dict(copy.deepcopy(CONFIG))), folder)
+    model = HunyuanLargeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+
+
+def test_loading_changes_the_config(folder):
+    changes = {"routing": "dropless", "router_aux_loss_coef": 0.5, "output_hidden_states": True}
+    model = HunyuanLargeForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes)
+    assert [getattr(model.config, name) for name in changes] == [*changes.values()]
+    assert model.model.layers[0].mlp.gate.routing == "dropless"
+    assert len(model(torch.ones(1, 4, dtype=torch.long)).hidden_states) == 5
+    with pytest.raises(ValueError, match=r"not the model's: model\.layers\.2"):
+        HunyuanLargeForCausalLM.from_pretrained(folder, num_hidden_layers=2)
+    (folder / "inner").mkdir()
+    for file in [*folder.iterdir()]:
+        if file.is_file():
+            file.rename(folder / "inner" / file.name)
+    model = HunyuanLargeForCausalLM.from_pretrained(folder, subfolder="inner", routing="drop")
+    assert model.config.routing == "drop"
 
 
 def test_all_that_is_wrong_in_one_error(folder):

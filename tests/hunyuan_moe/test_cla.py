@@ -25,6 +25,12 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    MoshiConfig,
+    MoshiForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -33,6 +39,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -60,6 +68,7 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
     "gemma": (GemmaConfig, GemmaForCausalLM, {}),
+    "olmo": (OlmoConfig, OlmoForCausalLM, {"clip_qkv": 0.5}),
     "mixtral": (MixtralConfig, MixtralForCausalLM, EXPERTS),
     "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, EXPERTS),
 }
@@ -200,12 +209,21 @@ class SharedQwen3(CLAMixin, Qwen3ForCausalLM):
 @torch.no_grad()
 def test_the_mixin_reads_the_config_and_is_saved(tokens, tmp_path):
     model = SharedQwen3(Qwen3Config(**SIZES, cla_share_factor=2)).eval()
-    assert model.config.kv_sharing_modes == [None, "reuse", None, "reuse"]
     model.save_pretrained(tmp_path)
     for again in (SharedQwen3.from_pretrained(tmp_path), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(again(tokens).logits, model(tokens).logits)
         assert again.state_dict().keys() == model.state_dict().keys()
     assert SharedQwen3(Qwen3Config(**SIZES)).num_parameters() == Qwen3ForCausalLM(Qwen3Config(**SIZES)).num_parameters()
+
+
+@torch.no_grad()
+def test_a_saved_model_that_no_longer_shares(tokens, tmp_path):
+    SharedQwen3(Qwen3Config(**SIZES, cla_share_factor=2)).save_pretrained(tmp_path)
+    whole = SharedQwen3.from_pretrained(tmp_path, cla_share_factor=1)
+    for model in (whole, Qwen3ForCausalLM.from_pretrained(tmp_path)):  # new projections, of which transformers warns
+        assert model.num_parameters() == Qwen3ForCausalLM(Qwen3Config(**SIZES)).num_parameters()
+        expected = model.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=False)
+        assert torch.equal(model.generate(tokens, max_new_tokens=3, do_sample=False), expected)
 
 
 @torch.no_grad()
@@ -283,12 +301,17 @@ def test_what_cannot_share(build):
         (plain("qwen2", **windows), "layers 2 and 3 cannot share, they differ in .*: .*"),
         (T5ForConditionalGeneration(T5Config(num_layers=2, d_model=8, d_ff=8, vocab_size=9)), "an encoder-decoder"),
         (build(), "shares keys and values between layers already"),
+        (NemotronForCausalLM(NemotronConfig(**SIZES)), "NemotronDecoderLayer of .* does not hand its .* to self_attn"),
+        (StableLmForCausalLM(StableLmConfig(**SIZES)), "StableLmDecoderLayer of .* does not hand its .* to self_attn"),
+        (MoshiForCausalLM(MoshiConfig(**SIZES | {"ffn_dim": 48})), "MoshiLinear of .* has no out_features"),
         (shared("llama"), "layer 1 of LlamaForCausalLM has no k_proj and v_proj, but q_proj, o_proj"),
     ]:
         count, names = model.num_parameters(), [n for n, _ in model.named_modules()]
         with pytest.raises(ValueError, match=message):
             share_key_values(model)
         assert (model.num_parameters(), [n for n, _ in model.named_modules()]) == (count, names)
+    with pytest.raises(TypeError, match="model: expected a transformers model, got Linear"):
+        share_key_values(nn.Linear(2, 2))
     for options, message in [
         ({"factor": 0}, "factor: must be a whole number of layers, at least 1, got 0"),
         ({"factor": 1.5}, "factor: must be a whole number"),

@@ -121,12 +121,12 @@ def test_the_plans_at_lower_budgets(tmp_path):
 
 
 MISTAKES = {
-    "tiny --model.top_k 9": "moe_topk: 9 is more than the 8 experts",
+    "tiny --model.top_k 9": "top_k: 9 is more than the 8 experts",
     "tiny --model.capacity_factor 0": "capacity_factor: must be at least 1",
     "tiny --model.routing recylce": "recylce",
     "tiny --model.kv_heads 3": "kv_heads: 3 do not divide heads 4",
     "tiny --model.anneal_share 1": "anneal_share: must be between 0 and 1, got 1.0",
-    "tiny --model.decay_ratio 0.05": "decay_ratio: must be from min_ratio 0.1 to 1, got 0.05",
+    "tiny --model.decay_ratio 0.05": "decay_ratio: must be from min_lr_ratio 0.1 to 1, got 0.05",
     "tiny --model.expert_lr_ratio 0": "expert_lr_ratio: must be positive, got 0",
     "tiny --data.length 4096": "data.length: 4096 is more than the model's max_length, 128",
 }

@@ -9,16 +9,15 @@ from tenfold.hunyuan_moe import HunyuanLargeConfig, HunyuanLargeForCausalLM, cou
 SIZES = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 4}
 
 
-def product(x_shape, weight_shape, *_, **__):
-    return 2 * x_shape[0] * weight_shape[1] * weight_shape[2]  # each row by one expert's matrix
+def forward(x_shape, *weight_shapes):
+    return sum(2 * x_shape[0] * shape[1] * shape[2] for shape in weight_shapes)  # each row by one expert's matrices
 
 
-def both_products(grad_shape, x_shape, weight_shape, *_, **__):
-    return 2 * product(x_shape, weight_shape)
-
-
-# torch does not know the grouped products, by which the experts are computed.
-GROUPED = {torch.ops.tenfold.grouped_matmul: product, torch.ops.tenfold.grouped_matmul_backward: both_products}
+# torch does not know the op by which the experts are computed.
+EXPERTS = {
+    torch.ops.tenfold.grouped_swiglu: lambda x, gate_up, down, *_, **__: forward(x, gate_up, down),
+    torch.ops.tenfold.grouped_swiglu_backward: lambda grad, x, gate_up, down, *_, **__: 2 * forward(x, gate_up, down),
+}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +35,7 @@ def test_the_count_is_torchs(changes, routing):
     config = HunyuanLargeConfig(**SIZES, **changes, routing=routing, attn_implementation="eager")
     model = HunyuanLargeForCausalLM(config).train()
     tokens = torch.randint(40, (2, 16))
-    with FlopCounterMode(display=False, custom_mapping=GROUPED) as counter:
+    with FlopCounterMode(display=False, custom_mapping=EXPERTS) as counter:
         model(tokens, labels=tokens).loss.backward()
     assert flops_per_token(config, 16).total * tokens.numel() == counter.get_total_flops()
 

@@ -36,6 +36,9 @@ def test_the_papers_ratio():
     for bad in (0.25, 4.0, 5.0):
         with pytest.raises(ValueError, match=r"ratio: must be between 0.25 and 4 for 16 experts"):
             batch_at_ratio(bad)
+    for bad in (0, -4):
+        with pytest.raises(ValueError, match=f"experts: must be positive, got {bad}"):
+            batch_at_ratio(0.5, bad)
     with pytest.raises(ValueError, match="x: must be positive, got 0"):
         expert_lr_ratio(0)
 
@@ -134,8 +137,9 @@ def test_a_longer_context(kind, tmp_path):
     torch.testing.assert_close(again(tokens).logits, after, rtol=0, atol=0)
     with pytest.raises(ValueError, match="max_length: 128 is less than the model's 256 positions"):
         extend_context(model, max_length=128, base=1e9)
-    with pytest.raises(ValueError, match=r"base: must be above 1, got 1.0"):
-        extend_context(model, max_length=512, base=1.0)
+    for base in (1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"base: must be above 1 and finite, got {base}"):
+            extend_context(model, max_length=512, base=base)
 
 
 def test_a_model_without_rotary_embeddings_is_refused():

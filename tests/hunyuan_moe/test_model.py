@@ -256,6 +256,18 @@ def test_half_precision_keeps_the_router_in_float32(build, tokens, tmp_path):
         assert model.train()(tokens, labels=tokens).loss.isfinite()
 
 
+@torch.no_grad()
+def test_tuples(build, tokens):
+    model = build()
+    expected = model(tokens, labels=tokens)
+    loss, balance, logits, cache = model(tokens, labels=tokens, return_dict=False)
+    assert torch.equal(logits, expected.logits)
+    assert (loss, balance) == (expected.loss, expected.aux_loss)
+    assert cache.get_seq_length() == 13
+    model.config.return_dict = False
+    assert torch.equal(model(tokens)[1], expected.logits)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,10 +1,13 @@
 """Training with Lightning, and the shipped configs against the paper's numbers."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning import Trainer
+from torch.nn import functional as F
 
 import tenfold.hunyuan_moe
 from tenfold.core.data.text import TextDataModule
@@ -80,6 +83,34 @@ def test_the_balance_loss_evens_the_load(data):
     assert balanced["moe/load_max"] < without["moe/load_max"]
 
 
+def test_a_run_outlives_the_weights_it_began_with(data, tmp_path):
+    weights = tmp_path / "weights"
+    begin = HunyuanLarge(**SIZES, init_std=0.1)
+    begin.configure_model()
+    begin.lm.save_pretrained(weights)
+    module = HunyuanLarge(**SIZES, lr=1e-2, warmup_steps=1, weights=str(weights))
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options |= {"limit_val_batches": 0, "enable_checkpointing": False}
+    trainer = Trainer(max_steps=2, **options)
+    trainer.fit(module, data)
+    assert F.cosine_similarity(*(m.lm.lm_head.weight.flatten() for m in (module, begin)), dim=0) > 0.9
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    shutil.move(weights, tmp_path / "elsewhere")
+    again = HunyuanLarge.load_from_checkpoint(tmp_path / "run.ckpt")
+    tokens = torch.arange(20)[None]
+    assert torch.equal(again.eval()(tokens), module.eval()(tokens))
+    resumed = HunyuanLarge(**module.hparams)
+    Trainer(max_steps=3, **options).fit(resumed, data, ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    assert resumed.global_step == 3
+    with pytest.raises(FileNotFoundError, match=r"weights: there is no folder .*weights$"):
+        Trainer(max_steps=1, **options).fit(HunyuanLarge(**module.hparams), data)
+
+
+def test_shards_without_anything_that_shards(data):
+    with pytest.raises(ValueError, match=r"shard_size: needs trainer\.strategy to be ModelParallelStrategy"):
+        fit(HunyuanLarge(**SIZES, shard_size=1, warmup_steps=0), data, steps=1, seed=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -96,6 +127,8 @@ def test_the_balance_loss_evens_the_load(data):
         ({"kv_heads": 3}, "^kv_heads: 3 do not divide heads 2"),
         ({"capacity_factor": 0.5}, "^capacity_factor: must be at least 1"),
         ({"balance": -1.0}, "^balance: must not be negative, got -1"),
+        ({"init_std": -1.0}, "^init_std: must be from 0 to 1, got -1"),
+        ({"decay_ratio": 0.05}, "^decay_ratio: must be from min_lr_ratio 0.1 to 1, got 0.05"),
     ],
 )
 def test_bad_options(options, message):

@@ -21,7 +21,7 @@ from tenfold.kernels import permute_tokens, unpermute_tokens
 
 def layer(**options):
     torch.manual_seed(0)
-    return MoELayer(8, 6, 4, **options).double()
+    return MoELayer(**{"dim": 8, "ffn": 6, "experts": 4} | options).double()
 
 
 def by_token(moe, x, routing):
@@ -48,6 +48,31 @@ def test_forward_and_gradients(routing, top_k):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
     assert ours[-1].shape == moe.shared_mlp.down_proj.weight.shape
     assert ours[1].abs().max() > 0  # the router learns through the weights, of recycled tokens too
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.bfloat16)])
+def test_the_router_stays_in_float32(cast):
+    torch.manual_seed(0)
+    moe = MoELayer(8, 6, 4)
+    before = moe.gate.wg.weight.clone()
+    cast(moe)
+    assert moe.experts.down_proj.dtype.itemsize == moe.shared_mlp.up_proj.weight.dtype.itemsize == 2
+    assert moe.gate.wg.weight.dtype == torch.float32
+    assert torch.equal(moe.gate.wg.weight, before)
+    y, routing = moe(torch.randn(5, 8, dtype=moe.experts.down_proj.dtype))
+    assert y.dtype == moe.experts.down_proj.dtype
+    assert routing.weight.dtype == torch.float32
+    assert moe.to("meta", torch.bfloat16).gate.wg.weight.device.type == "meta"
+    assert moe.gate.wg.weight.dtype == torch.float32
+    assert moe.double().gate.wg.weight.dtype == torch.float64
+
+
+def test_no_tokens():
+    moe = MoELayer(8, 6, 4)
+    y, _ = moe(torch.randn(0, 8))
+    assert y.shape == (0, 8)
+    assert moe.statistics.load.tolist() == [0] * 4
+    assert moe.statistics.recycled == moe.statistics.dropped == 0
 
 
 def test_statistics():
@@ -92,6 +117,9 @@ def test_capacity():
         ({"top_k": 5}, "top_k: must be from 1 to the 4 experts, got 5"),
         ({"routing": "x"}, "routing: must be one of 'recycle', 'drop', 'dropless', got 'x'"),
         ({"capacity_factor": float("nan")}, "capacity_factor: must be at least 1"),
+        ({"experts": 0}, "experts: must be at least 1, got 0"),
+        ({"shared_experts": -1}, "shared_experts: must be at least 0, got -1"),
+        ({"ffn": 0}, "ffn: must be at least 1, got 0"),
     ],
 )
 def test_bad_options(options, message):

@@ -1,6 +1,7 @@
 """The law's numbers by the paper, and the fit on losses whose optimum is known."""
 
 import csv
+import math
 
 import numpy as np
 import pytest
@@ -21,6 +22,10 @@ def test_the_papers_numbers():
         assert PAPERS_PARAMS(compute) == pytest.approx(params, rel=1e-3)
         assert PAPERS_TOKENS(compute) == pytest.approx(tokens, rel=1e-3)
     assert minimal_compute(3e24, 0.5) == pytest.approx(2e24)
+    with pytest.raises(ValueError, match="compute: must be positive, got -1"):
+        minimal_compute(-1, 0)
+    with pytest.raises(ValueError, match="batch_ratio: must be finite and not negative, got nan"):
+        minimal_compute(1e20, math.nan)
 
 
 def chinchilla(alpha, beta, *, noise=0.0, seeds=1, sizes=7):
@@ -68,7 +73,14 @@ def test_given_compute_is_used_instead_of_the_formula():
         (lambda rows: [{**r, "loss": -r["loss"]} for r in rows], "row 1: loss: must be positive and finite"),
         (lambda rows: [{**r, "loss": 9 - r["loss"]} for r in rows], "do not rise on both sides of a least one"),
         (lambda rows: [{**r, "tokens": "many"} for r in rows], "row 1: tokens: expected a number, got 'many'"),
-        (lambda rows: [{"params": 1, "tokens": 2}], "there is no column 'loss'"),
+        (lambda rows: [{"params": 1, "tokens": 2}], "there is no column 'loss'; .* found params, tokens"),
+        # losses on a straight line, up to the last digits
+        (
+            lambda rows: [
+                {**r, "loss": 9 - 0.1 * np.log(r["params"]) + 1e-9 * (i % 7) ** 2} for i, r in enumerate(rows)
+            ],
+            "at 5e.18 operations do not rise on both sides of a least one: no minimum",
+        ),
     ],
 )
 def test_bad_tables(change, message):
@@ -81,6 +93,18 @@ def write(path, rows):
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
+
+
+def test_a_file_from_a_spreadsheet(tmp_path):
+    file = tmp_path / "runs.csv"
+    write(file, chinchilla(0.34, 0.28))
+    expected = fit_isoflops(file, per_parameter=6, per_token=0, bootstrap=0)
+    file.write_text(file.read_text().replace(",", ", ").replace("loss", "loss "), encoding="utf-8-sig")
+    found = fit_isoflops(file, per_parameter=6, per_token=0, bootstrap=0)
+    assert (found.params, found.tokens) == (expected.params, expected.tokens)
+    file.write_text("params;tokens;loss\n1;2;3\n")
+    with pytest.raises(ValueError, match=r"no column 'params'; .* found params;tokens;loss"):
+        fit_isoflops(file)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -106,7 +130,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         (["--params", "1e9"], "scaling: give --compute, or --params and --tokens"),
         (["--compute", "-1"], "compute: must be positive, got -1"),
         (["--runs", "none.csv"], "runs: there is no file none.csv"),
-        (["--compute", "1e20", "--batch_ratio", "-1"], "batch_ratio: must not be negative, got -1.0"),
+        (["--compute", "1e20", "--batch_ratio", "-1"], "batch_ratio: must be finite and not negative, got -1.0"),
         (["--runs", "x.csv", "--plot", "fit.docx"], "plot: .docx is not a kind of figure"),
     ],
 )

@@ -50,6 +50,23 @@ def two_processes(what, folder, text):
     return torch.load(folder / f"{what}.pt")
 
 
+def test_routers_of_a_half_precision_model(tmp_path):
+    """They are in float32, the layers around them are not."""
+    module = HunyuanLarge(vocab_size=30, layers=2, dim=16, heads=2, ffn=8, experts=4)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+        module.configure_model()
+        module.bfloat16()
+        shard(module, module.lm.model.layers, mesh)
+        module(torch.arange(9)[None]).mean().backward()
+        gate = module.lm.model.layers[0].mlp.gate.wg.weight
+        assert gate.dtype == gate.grad.dtype == torch.float32
+        assert gate.grad.full_tensor().abs().max() > 0
+    finally:
+        dist.destroy_process_group()
+
+
 def test_two_processes(tmp_path, monkeypatch):
     """One test for all that they do: their start takes longer than their work."""
     monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))

@@ -233,6 +233,46 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
     assert "samples: out.jsonl.work was begun with others" in capsys.readouterr().err
 
 
+def test_nothing_is_overwritten(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "docs.jsonl", ["the rain"])
+    (tmp_path / "link.jsonl").symlink_to("docs.jsonl")
+    (tmp_path / "out.work").mkdir()
+    write(tmp_path / "out.work" / "docs.jsonl", ["the snow"])
+    before = (tmp_path / "docs.jsonl").read_bytes()
+    for documents, output, message in [
+        ("docs.jsonl", "docs.jsonl", "output: docs.jsonl would be overwritten; choose another"),
+        ("docs.jsonl", "./link.jsonl", "output: docs.jsonl would be overwritten"),
+        ("out.work/docs.jsonl", "out", "output: out.work/docs.jsonl would be overwritten"),
+        ("docs.jsonl", "out.work", "output: out.work is a folder, expected a file"),
+    ]:
+        assert main(["hunyuan-moe", "synthesize", documents, output, "./m"]) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "docs.jsonl").read_bytes() == before
+    assert not (tmp_path / "docs.jsonl.work").exists()
+
+
+def test_a_corrected_address_goes_on(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    write(tmp_path / "docs.jsonl", ["the rain", "the snow"])
+    command = ["hunyuan-moe", "synthesize", "docs.jsonl", "out.jsonl", "--ways", "clarity, variety", "--samples", "2"]
+    assert main([*command, "wrong", "--server", "http://localhost:9/v1"]) == 2
+    assert "after 5 attempts" in capsys.readouterr().err
+    assert main([*command, "m", "--server", server[0]]) == 0
+    assert all(len(r["history"]) == 2 for r in read_jsonl(tmp_path / "out.jsonl.work" / "evolve.jsonl"))
+    assert main([*command, "m", "--server", "http://localhost:9/v1"]) == 0  # all of it is there
+    settings = tmp_path / "out.jsonl.work" / "settings.json"
+    for damaged in ("{", "[]"):
+        settings.write_text(damaged)
+        assert main([*command, "m", "--server", server[0]]) == 2
+        assert "out.jsonl.work/settings.json: is damaged; delete out.jsonl.work" in capsys.readouterr().err
+    settings.unlink()
+    (tmp_path / "out.jsonl.work" / "instruct.progress.json").write_text("")
+    assert main([*command, "m", "--server", server[0]]) == 2
+    assert "instruct.progress.json: is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
@@ -240,7 +280,11 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
         ("[1]\n", [], "docs.jsonl, line 1: expected an object with text in 'text'"),
         ('{"text": "a"}\n{', [], "docs.jsonl, line 2: not JSON"),
         ('{"text": "a"}', ["--samples", "0"], "samples: must be from 1 to 100, got 0"),
-        ('{"text": "a"}', ["--ways", "[colour]"], "colour"),
+        ('{"text": "a"}', ["--ways", "clarity,colour"], "unknown 'colour'; accepted: clarity, difficulty, variety"),
+        ('{"text": "a"}', ["--temperature", "-1", "--samples", "1"], "temperature: must not be negative, got -1"),
+        ('{"text": "a"}', ["--max_new_tokens", "0"], "max_new_tokens: must be from 1 to 1000000, got 0"),
+        ("\n", [], "documents: there are none in docs.jsonl"),
+        ('{"text": "a"}\n{"text": "é"}', [], "docs.jsonl, line 2: not UTF-8"),
         ('{"text": "a"}', ["--temperature", "0"], "temperature: several samples need one above 0"),
         ('{"text": "a"}', ["--server", "localhost"], "server: expected an http address, got 'localhost'"),
         ('{"text": "a"}', [], "./m"),
@@ -249,7 +293,7 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
 def test_bad_commands(text, options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if text is not None:
-        (tmp_path / "docs.jsonl").write_text(text)
+        (tmp_path / "docs.jsonl").write_text(text, encoding="latin-1")
     assert main(["hunyuan-moe", "synthesize", "docs.jsonl", "out.jsonl", "./m", *options]) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -412,3 +412,14 @@ def test_weights_of_another_shape_are_refused():
     routing = ROUTINGS["two"]
     with pytest.raises(ValueError, match=r"routing: expected weight of shape \(30, 2\), got \(30, 1\)"):
         unpermute_tokens(torch.zeros(60, 4), routing._replace(weight=routing.weight[:, :1]))
+
+
+@pytest.mark.parametrize("capacity", [None, 6])
+def test_shapes_on_the_meta_device(capacity):
+    tokens, router, weight = (torch.randn(s, device="meta", requires_grad=True) for s in ((30, 4), (4, 6), (6, 4, 5)))
+    routing = route_tokens(tokens @ router, 1, capacity)
+    rows, offsets = permute_tokens(tokens, routing)
+    out = unpermute_tokens(grouped_matmul(rows, weight, offsets), routing)
+    assert (out.shape, out.device.type) == ((30, 5), "meta")
+    (out.sum() + routing.balance_loss).backward()
+    assert [x.grad.shape for x in (tokens, router, weight)] == [(30, 4), (4, 6), (6, 4, 5)]

@@ -194,3 +194,17 @@ def test_errors_name_the_argument(backend, change, error, message):
     }
     with pytest.raises(error, match=message):
         grouped_swiglu(**good | change)
+
+
+def test_shapes_on_the_meta_device():
+    tensors = {name: x.to("meta") for name, x in swiglu_inputs((5, 0, 17), 24, 20, 16).items()}
+    out, *gradients = with_gradients(tensors)
+    assert out.shape == (22, len(tensors["down"][0]))
+    assert [x.shape for x in gradients] == [tensors[name].shape for name in LEAVES]
+
+
+def test_functional_derivatives_are_the_references():
+    tensors = swiglu_inputs((5, 0, 17), 24, 20, 16, dtype=torch.float64)
+    x = tensors.pop("x")
+    found = torch.func.grad(lambda x: reference(x=x, **tensors).sum())(x)
+    torch.testing.assert_close(found, with_gradients(tensors | {"x": x})[1])

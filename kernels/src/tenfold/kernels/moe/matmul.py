@@ -16,6 +16,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     dropped, take no part: result 0, gradient 0, whatever they hold. Products are summed in float32 also for
     half-precision inputs; float32 products follow `torch.set_float32_matmul_precision` on a GPU. No host sync
     on a GPU, and neither pass uses atomics: results repeat bit for bit.
+    Gradients are torch.autograd's; torch.func's derivatives (grad, jacrev, jvp) are for `use_backend("reference")`.
 
     Args:
         x: `(P, K)`, rows grouped by expert, float32, bfloat16, float16, or float64 (not on the triton backend).
@@ -41,7 +42,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     x, weight = autocast(x, weight)
     _check(x, weight, offsets)
     backend = choose_backend(x)
-    if backend == "reference":  # plain torch, with torch's own autograd
+    if backend == "reference" and not x.is_meta:  # plain torch, with torch's own autograd; it reads the offsets
         return reference.grouped_matmul(x, weight, offsets)
     if backend == "triton" and x.dtype == torch.float64:
         raise TypeError("x: float64 is not supported by the triton backend; use_backend('reference') takes it")

@@ -97,7 +97,7 @@ def route_tokens(
         seed = torch.randint(2**32, (1,), generator=generator, device=device)
     # More than T tokens no expert can be given.
     limit = len(logits) if capacity is None else min(capacity, len(logits))
-    if backend == "reference":  # plain torch, with torch's own autograd
+    if backend == "reference" and not logits.is_meta:  # plain torch, with torch's own autograd; it counts
         outputs = reference.route_tokens(logits, top_k, limit, recycle, seed)
     else:
         refuse_tangents(logits=logits)

@@ -20,6 +20,7 @@ def grouped_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor) ->
     else: the activation is computed again from them. Products are summed and the activation is computed in float32
     also for half-precision inputs. Rows after the last group take no part, groups may be empty, and results repeat
     bit for bit, as in `grouped_matmul`.
+    Gradients are torch.autograd's; torch.func's derivatives (grad, jacrev, jvp) are for `use_backend("reference")`.
 
     Args:
         x: `(P, K)`, rows grouped by expert, float32, bfloat16, float16, or float64 (not on the triton backend).
@@ -45,7 +46,7 @@ def grouped_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor) ->
     _check_shapes(x, gate_up, down)
     check_offsets(offsets, "gate_up", gate_up)
     backend = choose_backend(x)
-    if backend == "reference":  # plain torch, with torch's own autograd
+    if backend == "reference" and not x.is_meta:  # plain torch, with torch's own autograd; it reads the offsets
         return reference.grouped_swiglu(x, gate_up, down, offsets)
     if backend == "triton" and x.dtype == torch.float64:
         raise TypeError("x: float64 is not supported by the triton backend; use_backend('reference') takes it")

@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -144,7 +145,7 @@ class CausalLM(LightningModule):
                 accepted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
                 raise ValueError(f"{name}: must be {accepted}, got {value}")
         if shard_size is not None and shard_size < 1:
-            raise ValueError(f"shard_size: must be at least 1, got {shard_size}")
+            raise ValueError(f"shard_size: must be positive, got {shard_size}")
         self.save_hyperparameters()
         self.lm: PreTrainedModel | None = None
 
@@ -170,7 +171,10 @@ class CausalLM(LightningModule):
         return llama_config(**sizes | changes)
 
     def setup(self, stage: str) -> None:
-        """Refuse data that the model has no token or no position for."""
+        """Refuse data that the model has no token or no position for, and a `shard_size` that nothing goes by."""
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        if stage == "fit" and self.hparams.shard_size is not None and not sharded:
+            raise ValueError("shard_size: needs trainer.strategy to be ModelParallelStrategy, nothing else shards")
         data = getattr(self.trainer, "datamodule", None)
         for name, offered, taken in (("vocab_size", "vocab_size", "vocab_size"), ("length", "length", "max_length")):
             given, limit = getattr(data, offered, None), self.hparams[taken]
@@ -184,13 +188,11 @@ class CausalLM(LightningModule):
         memory: a process only ever holds its share.
 
         Raises:
-            ValueError: `shard_size` without that strategy, or that does not divide the processes.
+            ValueError: a `shard_size` that does not divide the processes.
         """
         if self.lm is not None:
             return
         if self.device_mesh is None:
-            if self.hparams.shard_size is not None:
-                raise ValueError("shard_size: needs trainer.strategy ModelParallelStrategy, nothing is sharded without")
             self.lm = self.build()
             return
         mesh = sharding_mesh(self.device_mesh, self.hparams.shard_size)

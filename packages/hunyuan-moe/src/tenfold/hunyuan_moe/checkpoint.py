@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 KINDS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # stacked, and as released
 SHOWN = 8  # names of each kind in an error
+ROWS = 4096  # of the embedding, compared with the head at a time
 
 
 def register_layout() -> None:
@@ -72,7 +73,7 @@ def check_folder(folder: Path, config: "HunyuanLargeConfig") -> None:
 
     Raises:
         ValueError: a file that is missing or damaged, and every tensor that is missing, additional or misshapen,
-            in one line.
+            in one line; a head of its own, for a model whose head is the embedding.
     """
     files = _files(folder)
     if not files:
@@ -92,6 +93,8 @@ def check_folder(folder: Path, config: "HunyuanLargeConfig") -> None:
     if any(problems.values()):
         told = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"{folder}: the tensors are not those of the config: {told}")
+    if ignored & found.keys() and not _same(files, "lm_head.weight", "model.embed_tokens.weight"):
+        raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
 
 
 @torch.no_grad()
@@ -144,7 +147,8 @@ def _share(parameter: Tensor) -> tuple[Tensor, list[int]]:
 
 def _check_meaning(ours: "HunyuanLargeConfig", theirs: "HunyuanLargeConfig", folder: Path) -> None:
     """Refuse weights of equal shapes that mean something else."""
-    for name in ("num_attention_heads", "num_key_value_heads", "moe_topk", "use_qk_norm", "rms_norm_eps"):
+    names = "num_attention_heads", "num_key_value_heads", "moe_topk", "use_qk_norm", "rms_norm_eps"
+    for name in (*names, "tie_word_embeddings"):
         if getattr(ours, name) != getattr(theirs, name):
             raise ValueError(f"{folder}: its {name} is {getattr(theirs, name)}, the model's {getattr(ours, name)}")
     if rope_base(ours) != rope_base(theirs):
@@ -173,6 +177,17 @@ def _headers(file: Path) -> Iterator[tuple[str, Shape]]:
                 yield name, tuple(tensors.get_slice(name).get_shape())
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: damaged, or not a safetensors file: {error}") from error
+
+
+def _same(files: list[Path], *names: str) -> bool:
+    """Whether two tensors hold the same numbers, of which few rows are read at a time."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        tensors = {name: file.get_slice(name) for file in opened for name in file.keys() if name in names}  # noqa: SIM118
+        a, b = (tensors[name] for name in names)
+        return a.get_shape() == b.get_shape() and all(
+            torch.equal(a[i : i + ROWS], b[i : i + ROWS]) for i in range(0, a.get_shape()[0], ROWS)
+        )
 
 
 def _some(names: Mapping | list | set) -> str:

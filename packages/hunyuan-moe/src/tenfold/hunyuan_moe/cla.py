@@ -5,7 +5,9 @@ rotated, and from the cache if there is one. They have no key and value projecti
 nothing for them.
 """
 
+import ast
 import inspect
+from textwrap import dedent
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ def share_key_values(model: PreTrainedModel, factor: int = 2, *, init: str = "pr
     `attn_implementation`, static caches and activation checkpointing go on working. What was learned with keys and
     values in every layer is damaged and has to be trained again.
 
+    A static cache that is filled with zeros ahead, as `generate` does for chunked prefill, has room for all layers.
+
     `config.cla_share_factor` keeps the factor. `save_pretrained` writes the model for a class with `CLAMixin`; its own
     class would make new projections, of which transformers warns.
 
@@ -38,6 +42,7 @@ def share_key_values(model: PreTrainedModel, factor: int = 2, *, init: str = "pr
             layers', as in uptraining for grouped queries (arXiv 2305.13245).
 
     Raises:
+        TypeError: not a transformers model.
         ValueError: a model of another form, or whose layers in a run differ in more than their weights.
 
     Example:
@@ -49,6 +54,8 @@ def share_key_values(model: PreTrainedModel, factor: int = 2, *, init: str = "pr
         raise ValueError(f"init: must be 'producer' or 'mean', got {init!r}")
     if factor == 1:
         return model
+    if not hasattr(model, "get_decoder"):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     decoder = model.get_decoder()
     layers = _attention_layers(model, decoder)
     runs = [layers[i : i + factor] for i in range(0, len(layers), factor)]
@@ -64,9 +71,7 @@ def share_key_values(model: PreTrainedModel, factor: int = 2, *, init: str = "pr
         for layer in readers:
             _take_projections(layer)
     decoder.register_forward_pre_hook(_begin, with_kwargs=True)
-    config = decoder.config
-    config.cla_share_factor = factor
-    config.kv_sharing_modes = ["reuse" if i % factor else None for i in range(len(layers))]  # transformers' caches ask
+    decoder.config.cla_share_factor = factor
     return model
 
 
@@ -97,7 +102,7 @@ class _Absent:
         self.width = width
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states.new_zeros(1).expand(*hidden_states.shape[:-1], self.width)
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], self.width)  # real ones: OLMo clamps them in place
 
 
 class _Handover:
@@ -159,6 +164,9 @@ def _attention_layers(model: PreTrainedModel, decoder: nn.Module) -> list[nn.Mod
         children = ", ".join(n for n, _ in layer.named_children())
         if any(not isinstance(getattr(layer, p, None), nn.Module) for p in PROJECTIONS):
             raise ValueError(f"model: layer {layer.layer_idx} of {name} has no k_proj and v_proj, but {children}")
+        for projection in (getattr(layer, p) for p in PROJECTIONS):
+            if not hasattr(projection, "out_features"):
+                raise ValueError(f"model: {type(projection).__name__} of {name} has no out_features, as nn.Linear has")
     _check_signatures(name, layers[0], decoder)
     return layers
 
@@ -172,6 +180,19 @@ def _check_signatures(name: str, layer: nn.Module, decoder: nn.Module) -> None:
             missing.append("**kwargs")
         if missing:
             raise ValueError(f"model: {type(module).__name__} of {name} takes no {', '.join(missing)}")
+    attention = next(n for n, child in block.named_children() if child is layer)
+    if not _hands_on(block, attention):
+        raise ValueError(f"model: {type(block).__name__} of {name} does not hand its **kwargs on to {attention}")
+
+
+def _hands_on(block: nn.Module, attention: str) -> bool:
+    """Whether a block's code passes on what it does not know; also if that cannot be told, then its first pass will."""
+    try:
+        code = ast.parse(dedent(inspect.getsource(type(block).forward)))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    calls = [n for n in ast.walk(code) if isinstance(n, ast.Call) and ast.unparse(n.func) == f"self.{attention}"]
+    return not calls or any(keyword.arg is None for call in calls for keyword in call.keywords)
 
 
 def _check_alike(producer: nn.Module, reader: nn.Module) -> None:

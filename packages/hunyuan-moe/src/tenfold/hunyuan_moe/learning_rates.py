@@ -48,6 +48,7 @@ def batch_at_ratio(ratio: float, experts: int = 16) -> float:
     Raises:
         ValueError: a ratio that no batch has, outside 1/√n to √n.
     """
+    _positive(experts=experts)
     root = math.sqrt(experts)
     if not 1 / root < ratio < root:
         raise ValueError(f"ratio: must be between {1 / root:g} and {root:g} for {experts} experts, got {ratio}")

@@ -17,7 +17,7 @@ from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import (
     HunYuanMoEV1PreTrainedModel,
     HunYuanMoEV1RotaryEmbedding,
 )
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from tenfold.core.lm import CACHE
@@ -203,16 +203,20 @@ class HunyuanLargeForCausalLM(HunyuanLargePreTrainedModel, GenerationMixin):
         """As transformers', but strict.
 
         Raises:
-            ValueError: a local folder whose tensors are not exactly the model's, all of them named in one line.
+            ValueError: a local folder whose tensors are not exactly the model's, all of them named in one line; one
+                with a head beside the embedding that should be it.
         """
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
         whole = pretrained_model_name_or_path is not None and (folder / "config.json").is_file()
         if whole and "state_dict" not in kwargs:  # an adapter's folder has no config of the model
-            if not isinstance(config, HunyuanLargeConfig):
-                config = HunyuanLargeConfig.from_pretrained(config or folder)
-            check_folder(folder, config)
+            checked = config
+            if not isinstance(checked, HunyuanLargeConfig):  # transformers, too, changes what the folder says
+                changes = {name: value for name, value in kwargs.items() if hasattr(HunyuanLargeConfig, name)}
+                checked = HunyuanLargeConfig.from_pretrained(config or folder, **changes)
+            check_folder(folder, checked)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -235,6 +239,7 @@ class HunyuanLargeForCausalLM(HunyuanLargePreTrainedModel, GenerationMixin):
             cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from tenfold.core.lm import CausalLM
@@ -61,7 +62,8 @@ class HunyuanLarge(CausalLM):
         anneal_share: of the steps, the last ones, over which the rate falls to `lr · min_lr_ratio`.
         decay_ratio: where the decay before it ends, relative to `lr`; not published.
         tie_embeddings: whether the head's weight is the embedding's.
-        weights: a folder in the released layout to begin with, of which each process reads its share.
+        weights: a folder in the released layout to begin with, of which each process reads its share. Once there is a
+            checkpoint it is not needed any more.
         others: sizes and optimizer, as `CausalLM` takes them; `ffn` is an expert's inner width.
     """
 
@@ -93,6 +95,12 @@ class HunyuanLarge(CausalLM):
         }.items():
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: must be positive, got {value}")
+        h = self.hparams
+        if not 0 <= h.init_std <= 1:
+            raise ValueError(f"init_std: must be from 0 to 1, got {h.init_std}")
+        if not h.min_lr_ratio <= decay_ratio <= 1:
+            raise ValueError(f"decay_ratio: must be from min_lr_ratio {h.min_lr_ratio} to 1, got {decay_ratio}")
+        self._absent: RemovableHandle | None = None
         self.config()  # what does not go together shows now, not when training begins
 
     def config(self) -> HunyuanLargeConfig:
@@ -126,8 +134,19 @@ class HunyuanLarge(CausalLM):
             return
         super().configure_model()
         if self.hparams.weights is not None:
-            read_weights(self.lm, Path(self.hparams.weights))
+            if Path(self.hparams.weights).is_dir():
+                read_weights(self.lm, Path(self.hparams.weights))
+            else:  # nor is it needed if a checkpoint follows, which shows later
+                self._absent = self.lm.base_model.register_forward_pre_hook(self._refuse)
         self.lm.base_model.register_forward_hook(self._keep_balance)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """The checkpoint has what `weights` was for."""
+        if self._absent is not None:
+            self._absent.remove()
+
+    def _refuse(self, model: torch.nn.Module, inputs: tuple) -> None:
+        raise FileNotFoundError(f"weights: there is no folder {self.hparams.weights}")
 
     def _keep_balance(self, model: torch.nn.Module, inputs: tuple, output) -> None:
         self._balance = output.balance_loss

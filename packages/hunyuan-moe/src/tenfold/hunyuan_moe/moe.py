@@ -27,7 +27,7 @@ class RoutingStatistics(NamedTuple):
 
 
 class RecycleRouter(nn.Module):
-    """Sends tokens to experts by a linear layer in float32.
+    """Sends tokens to experts by a linear layer in float32, which stays so where a model is cast to half precision.
 
     In training, under a capacity of ⌈capacity_factor · T · top_k / experts⌉ for the T tokens of a call; in evaluation
     without one, so that a token's expert depends on that token alone.
@@ -40,7 +40,7 @@ class RecycleRouter(nn.Module):
         capacity_factor: at least 1 for `recycle`.
 
     Raises:
-        ValueError: `top_k` beyond the experts, or a routing or capacity that cannot work.
+        ValueError: no experts, `top_k` beyond them, or a routing or capacity that cannot work.
     """
 
     def __init__(
@@ -48,6 +48,8 @@ class RecycleRouter(nn.Module):
     ):
         super().__init__()
         check_routing(routing, capacity_factor)
+        if experts < 1:
+            raise ValueError(f"experts: must be at least 1, got {experts}")
         if not 1 <= top_k <= experts:
             raise ValueError(f"top_k: must be from 1 to the {experts} experts, got {top_k}")
         self.experts, self.top_k = experts, top_k
@@ -62,6 +64,15 @@ class RecycleRouter(nn.Module):
         return logits, route_tokens(
             logits, self.top_k, self.capacity(len(x)) if self.training else None, recycle=self.routing == "recycle"
         )
+
+    def _apply(self, fn, recurse: bool = True) -> nn.Module:
+        def apply(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            if out.is_floating_point() and out.dtype.itemsize < 4:
+                return tensor.to(out.device, torch.promote_types(tensor.dtype, torch.float32))
+            return out
+
+        return super()._apply(apply, recurse)
 
     def capacity(self, tokens: int) -> int | None:
         """Most tokens of an expert in a training step of so many; None without a limit."""
@@ -150,6 +161,9 @@ class MoELayer(nn.Module):
         capacity_factor: float = 1.0,
     ):
         super().__init__()
+        for name, value, least in (("dim", dim, 1), ("ffn", ffn, 1), ("shared_experts", shared_experts, 0)):
+            if value < least:
+                raise ValueError(f"{name}: must be at least {least}, got {value}")
         self.gate = RecycleRouter(dim, experts, top_k=top_k, routing=routing, capacity_factor=capacity_factor)
         self.experts = Experts(dim, ffn, experts)
         self.shared_mlp = SwiGLU(dim, ffn * shared_experts) if shared_experts else None
@@ -160,8 +174,7 @@ class MoELayer(nn.Module):
         tokens = x.flatten(0, -2)
         _, routing = self.gate(tokens)
         # Of the last pass alone: activation checkpointing, which computes a pass twice, counts nothing twice.
-        self.statistics = RoutingStatistics(
-            routing.load, routing.recycled.float().mean(), routing.dropped.float().mean()
-        )
+        recycled, dropped = (x.float().mean().nan_to_num() for x in (routing.recycled, routing.dropped))  # of none, 0
+        self.statistics = RoutingStatistics(routing.load, recycled, dropped)
         y = self.experts(tokens, routing).view_as(x)
         return (y if self.shared_mlp is None else y + self.shared_mlp(x)), routing

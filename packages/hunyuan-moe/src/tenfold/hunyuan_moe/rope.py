@@ -1,5 +1,7 @@
 """Longer contexts in stages: a higher base of the rotary frequencies, for any transformers model."""
 
+import math
+
 from transformers import PreTrainedModel
 
 from .config import HunyuanLargeConfig
@@ -30,8 +32,8 @@ def extend_context(model: PreTrainedModel, *, max_length: int, base: float) -> N
         raise ValueError(
             f"max_length: {max_length} is less than the model's {config.max_position_embeddings} positions"
         )
-    if base <= 1:
-        raise ValueError(f"base: must be above 1, got {base}")
+    if not 1 < base < math.inf:
+        raise ValueError(f"base: must be above 1 and finite, got {base}")
     kept = {k: v for k, v in parameters.items() if k == "partial_rotary_factor"}
     config.rope_parameters = {"rope_type": "default", "rope_theta": float(base), **kept}
     config.max_position_embeddings = max_length

@@ -19,6 +19,7 @@ import numpy as np
 
 PER_PARAMETER, PER_TOKEN = 9.59, 2.3e8
 SAME_BUDGET = 0.1  # relative difference of compute up to which runs belong to one budget
+FAR = 3.0  # from the middle of the sizes to a minimum, at most, in units of their range (of logarithms)
 
 
 class Estimate(NamedTuple):
@@ -65,8 +66,9 @@ def minimal_compute(compute: float, batch_ratio: float) -> float:
         compute: C.
         batch_ratio: B/B_crit; 0 for batches far below the critical one.
     """
-    if batch_ratio < 0:
-        raise ValueError(f"batch_ratio: must not be negative, got {batch_ratio}")
+    _positive(compute=compute)
+    if not 0 <= batch_ratio < math.inf:
+        raise ValueError(f"batch_ratio: must be finite and not negative, got {batch_ratio}")
     return compute / (1 + batch_ratio)
 
 
@@ -136,7 +138,7 @@ def fit_isoflops(
 
     Raises:
         ValueError: a bad cell, fewer than two budgets, a budget with fewer than three sizes, or one whose losses do not
-            rise on both sides of a least one.
+            rise on both sides of a least one in reach.
         FileNotFoundError: no such file.
     """
     table = _read(runs, per_parameter, per_token)
@@ -169,8 +171,10 @@ def _read(source: str | Path | Iterable[Mapping[str, float]], per_parameter: flo
         if not path.is_file():
             raise FileNotFoundError(f"runs: there is no file {path}")
         try:
-            with path.open(newline="", encoding="utf-8") as file:
-                source = list(csv.DictReader(file))
+            with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a file with a mark
+                table = csv.DictReader(file, skipinitialspace=True)
+                table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+                source = list(table)
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"runs: {path} is not a CSV file: {error}") from error
     rows = []
@@ -186,7 +190,8 @@ def _read(source: str | Path | Iterable[Mapping[str, float]], per_parameter: flo
 
 def _number(row: int, name: str, cells: Mapping[str, object]) -> float:
     if name not in cells:
-        raise ValueError(f"runs: there is no column {name!r}; needed are params, tokens and loss")
+        found = ", ".join(map(str, cells))
+        raise ValueError(f"runs: there is no column {name!r}; needed are params, tokens and loss, found {found}")
     try:
         value = float(cells[name])
     except (TypeError, ValueError):
@@ -213,7 +218,7 @@ def _parabola(group: np.ndarray, column: int) -> Parabola:
     x, loss = np.log(group[:, column]), group[:, 3]
     center = x.mean()
     a, b, c = np.polyfit(x - center, loss, 2)
-    if not a > 0:
+    if not a > 0 or abs(b / (2 * a)) > FAR * np.ptp(x):
         raise ValueError(
             f"runs: the losses at {group[0, 0]:.3g} operations do not rise on both sides of a least one: no minimum"
         )

@@ -68,6 +68,12 @@ class Instruct:
         ]
 
 
+def check_ways(ways: Iterable[str]) -> None:
+    """Raise ValueError for a way of evolving instructions that there is not."""
+    if unknown := [way for way in ways if way not in EVOLVE]:
+        raise ValueError(f"ways: unknown {unknown[0]!r}; accepted: {', '.join(EVOLVE)}")
+
+
 @dataclass(frozen=True)
 class Evolve:
     """Step 2: the instruction in other ways, one after the other, e.g. clearer and then harder."""
@@ -76,8 +82,7 @@ class Evolve:
     ways: tuple[str, ...] = ("clarity", "difficulty")
 
     def __post_init__(self):
-        if unknown := [way for way in self.ways if way not in EVOLVE]:
-            raise ValueError(f"ways: unknown {unknown[0]!r}; accepted: {', '.join(EVOLVE)}")
+        check_ways(self.ways)
 
     def __call__(self, records: list[Record]) -> list[Record]:
         """The same records, with the last instruction in place and those before it kept in `history`."""
@@ -148,7 +153,7 @@ def run_step(name: str, step: Step, source: Iterable[Record], folder: Path, *, b
     output, progress = folder / f"{name}.jsonl", folder / f"{name}.progress.json"
     state = {"records": 0, "bytes": 0}
     if progress.is_file() and output.is_file():
-        state = json.loads(progress.read_text(encoding="utf-8"))
+        state = read_json(progress)
         if output.stat().st_size < state["bytes"]:
             raise ValueError(f"{output}: is shorter than its progress says; delete both to begin anew")
     with output.open("r+b" if output.is_file() else "w+b") as file:
@@ -166,21 +171,38 @@ def run_step(name: str, step: Step, source: Iterable[Record], folder: Path, *, b
     return output
 
 
+def read_json(path: Path) -> Record:
+    """What a run noted down in a file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: is damaged; delete {path.parent} to begin anew: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: is damaged; delete {path.parent} to begin anew")
+    return record
+
+
 def read_jsonl(path: Path, *needed: str) -> Iterator[Record]:
     """The records of a file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is not a JSON object with text in each of the `needed` entries, by its number.
+        ValueError: a line that is not a JSON object in UTF-8 with text in each of the `needed` entries, by its number.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8: {error}") from error
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
             for name in needed:

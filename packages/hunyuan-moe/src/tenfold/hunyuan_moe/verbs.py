@@ -3,7 +3,6 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -23,7 +22,19 @@ from .scaling import (
     minimal_compute,
     training_flops,
 )
-from .synthesis import Critique, Evolve, Filters, Instruct, Respond, read_jsonl, run_step, select
+from .synthesis import (
+    Critique,
+    Evolve,
+    Filters,
+    Instruct,
+    Record,
+    Respond,
+    check_ways,
+    read_json,
+    read_jsonl,
+    run_step,
+    select,
+)
 
 
 def scaling(
@@ -66,8 +77,6 @@ def scaling(
         compute = training_flops(params, tokens, per_parameter=per_parameter, per_token=per_token)
     if compute is None:
         return
-    if not 0 < compute < float("inf"):
-        raise ValueError(f"compute: must be positive, got {compute:g}")
     least = minimal_compute(compute, batch_ratio)
     if params is not None:
         console.print(f"{short(params)} activated parameters on {short(tokens)} tokens: C = {compute:.4e}.")
@@ -92,7 +101,7 @@ def synthesize(
     model: str,
     server: str | None = None,
     critic: str | None = None,
-    ways: tuple[Literal["clarity", "difficulty", "variety"], ...] = ("clarity", "difficulty"),
+    ways: str = "clarity,difficulty",
     samples: int = 3,
     grade: int = 3,
     temperature: float = 0.7,
@@ -107,7 +116,7 @@ def synthesize(
         model: a folder or name that transformers loads, or the model's name at the server.
         server: address of an OpenAI-compatible server, up to /v1; the key, if any, in OPENAI_API_KEY.
         critic: the model that grades the responses; by default the same.
-        ways: of evolving an instruction, one after the other.
+        ways: of evolving an instruction, one after the other; of clarity, difficulty and variety, with commas between.
         samples: responses to each instruction, which must agree where they state a short answer.
         grade: of 1 to 4, the least that is kept.
         temperature: of the sampling.
@@ -117,21 +126,29 @@ def synthesize(
     for name, value, low, high in (
         ("samples", samples, 1, 100),
         ("grade", grade, 1, 4),
+        ("max_new_tokens", max_new_tokens, 1, 1_000_000),
         ("batch_size", batch_size, 1, 4096),
     ):
         if not low <= value <= high:
             raise ValueError(f"{name}: must be from {low} to {high}, got {value}")
-    if samples > 1 and temperature <= 0:
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: must not be negative, got {temperature}")
+    if samples > 1 and temperature == 0:
         raise ValueError("temperature: several samples need one above 0, or they are all the same")
-    for _ in read_jsonl(documents, "text"):
-        pass  # every line is looked at before a model is loaded
+    chosen = [way.strip() for way in ways.split(",") if way.strip()]
+    check_ways(chosen)
     work = Path(f"{output}.work")
+    if documents.resolve() == output.resolve() or documents.resolve().parent == work.resolve():
+        raise ValueError(f"output: {documents} would be overwritten; choose another")
+    if output.is_dir():
+        raise ValueError(f"output: {output} is a folder, expected a file")
+    if not sum(1 for _ in read_jsonl(documents, "text")):  # every line is looked at before a model is loaded
+        raise ValueError(f"documents: there are none in {documents}")
     settings = {
         "documents": hashlib.sha256(documents.read_bytes()).hexdigest(),
         "model": model,
-        "server": server,
         "critic": critic,
-        "ways": list(ways),
+        "ways": chosen,
         "samples": samples,
         "temperature": temperature,
         "max_new_tokens": max_new_tokens,
@@ -145,13 +162,19 @@ def synthesize(
 
     writer = load(model, temperature)
     judge = load(critic or model, 0.0) if server is not None or critic else writer.greedy()
-    with write_whole(work / "settings.json") as file:  # the models are there: now something is left behind
-        file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    instruct = Instruct(writer)
+
+    def begin(records: list[Record]) -> list[Record]:
+        made = instruct(records)
+        with write_whole(work / "settings.json") as file:  # from now on there is something that was made with them
+            file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        return made
+
     console = Console(highlight=False)
     source = documents
     for name, step in (
-        ("instruct", Instruct(writer)),
-        ("evolve", Evolve(writer, tuple(ways))),
+        ("instruct", begin),
+        ("evolve", Evolve(writer, tuple(chosen))),
         ("respond", Respond(writer, samples)),
         ("critique", Critique(judge)),
     ):
@@ -166,7 +189,7 @@ def synthesize(
 
 def _refuse_other_settings(file: Path, settings: dict) -> None:
     if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_json(file)
         if changed := [name for name in settings if before.get(name) != settings[name]]:
             raise ValueError(f"{changed[0]}: {file.parent} was begun with others; choose another output, or delete it")
 

@@ -44,6 +44,9 @@ def shard(root: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
         return Shard(1 if by_rows else 0)
 
     for layer in layers:
+        router = layer.mlp.gate
+        if router.wg.weight.dtype != layer.input_layernorm.weight.dtype:  # what is gathered together has one dtype
+            fully_shard(router, mesh=mesh)
         fully_shard(layer, mesh=mesh, shard_placement_fn=placement)
     fully_shard(root, mesh=mesh, shard_placement_fn=placement)
 
