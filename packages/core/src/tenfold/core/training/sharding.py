@@ -44,11 +44,21 @@ def shard(root: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
         return Shard(1 if by_rows else 0)
 
     for layer in layers:
-        router = layer.mlp.gate
-        if router.wg.weight.dtype != layer.input_layernorm.weight.dtype:  # what is gathered together has one dtype
-            fully_shard(router, mesh=mesh)
+        for module in _of_another_dtype(layer):  # what is gathered together has one dtype
+            fully_shard(module, mesh=mesh)
         fully_shard(layer, mesh=mesh, shard_placement_fn=placement)
     fully_shard(root, mesh=mesh, shard_placement_fn=placement)
+
+
+def _of_another_dtype(layer: nn.Module) -> list[nn.Module]:
+    """The largest modules of `layer` without a weight of its first weight's dtype, such as a router in float32."""
+    dtype = next(layer.parameters()).dtype
+    found: list[nn.Module] = []
+    for module in layer.modules():  # parents before children
+        dtypes = {p.dtype for p in module.parameters()}
+        if dtypes and dtype not in dtypes and all(module not in parent.modules() for parent in found):
+            found.append(module)
+    return found
 
 
 @torch.no_grad()
