@@ -97,10 +97,10 @@ def grouped_swiglu(
         window, group = _window(len(x), a, b)
         multiply = onednn.linear if _suits_onednn(x, down[e], b - a) else F.linear
         both = multiply(_wide(gate_up[e]), _wide(x[window]))
-        gate, up = both.chunk(2)
-        out[a:b] = multiply(_wide(down[e]), F.silu(gate).mul_(up).t()).t()[group]
         if keep:
             hidden[a:b] = both.t()[group]
+        gate, up = both.chunk(2)
+        out[a:b] = multiply(_wide(down[e]), F.silu(gate, inplace=True).mul_(up).t()).t()[group]
     return out, hidden
 
 
