@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import HunYuanMoEV1Config
 from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import HunYuanMoEV1Experts
 
-from tenfold.kernels import grouped_swiglu, permute_tokens, route_tokens, unpermute_tokens
+from tenfold.kernels import expert_swiglu, route_tokens
 from tenfold.kernels.testing.timing import compare, machine, print_table, require_same, write_csv
 
 OURS = "tenfold"
@@ -27,9 +27,7 @@ OURS = "tenfold"
 
 def ours(x: Tensor, router: Tensor, up: Tensor, down: Tensor, top_k: int) -> Tensor:
     """The layer by our ops; `up` holds gate and value, as transformers stores them."""
-    routing = route_tokens(F.linear(x, router), top_k)
-    rows, offsets = permute_tokens(x, routing)
-    return unpermute_tokens(grouped_swiglu(rows, up, down, offsets), routing)
+    return expert_swiglu(x, up, down, route_tokens(F.linear(x, router), top_k))
 
 
 def theirs(experts: HunYuanMoEV1Experts, way: str, x: Tensor, router: Tensor, up: Tensor, down: Tensor, top_k: int):

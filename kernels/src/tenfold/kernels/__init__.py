@@ -4,7 +4,7 @@ from .backend import use_backend
 from .cog import cog_attention
 from .latent import PackedLatents, fake_pack_latents, latent_attention, pack_latents, unpack_latents
 from .logprob import linear_logprob
-from .moe import Routing, grouped_matmul, grouped_swiglu, permute_tokens, route_tokens, unpermute_tokens
+from .moe import Routing, expert_swiglu, grouped_matmul, grouped_swiglu, permute_tokens, route_tokens, unpermute_tokens
 from .quant import FloatFormat, Quantized, dequantize, fake_quantize, quant_matmul, quantize
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Routing",
     "cog_attention",
     "dequantize",
+    "expert_swiglu",
     "fake_pack_latents",
     "fake_quantize",
     "grouped_matmul",

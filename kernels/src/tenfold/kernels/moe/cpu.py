@@ -5,8 +5,8 @@ the number of rows is rounded up, to a multiple of 16 and at most 8 numbers betw
 Half-precision products are computed in float32: bfloat16 matrix products are far slower on most CPUs.
 
 A whole feed-forward goes through one group after the other, so that what lies between its products stays in the
-cache, and transposed, W xᵀ: oneDNN rearranges its second operand before it multiplies, and a few dozen rows are
-rearranged sooner than a weight.
+cache: where it can be, by our own program, `compiled`; else by the libraries, and transposed, W xᵀ: oneDNN rearranges
+its second operand before it multiplies, and a few dozen rows are rearranged sooner than a weight.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import onednn
+from . import compiled
 from .reference import require_bounds
 
 LARGE = 1 << 18  # multiplications from which on oneDNN's constant cost per call does not count
@@ -91,6 +92,8 @@ def grouped_swiglu(
     x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """A feed-forward per group, zeros after the last; and, to `keep`, what its activation was applied to."""
+    if compiled.suits(x, gate_up, down):
+        return compiled.grouped_swiglu(x, gate_up, down, offsets, keep)
     out = x.new_empty(len(x), down.shape[1])
     hidden = x.new_empty(len(x), gate_up.shape[1]) if keep else None
     for e, a, b in _groups(offsets, rows=[out, hidden]):

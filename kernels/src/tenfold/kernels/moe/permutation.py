@@ -34,7 +34,7 @@ def permute_tokens(x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         True
     """
     require_tensors(x=x)
-    _check("x", x, routing, len(routing.row))
+    check_routing("x", x, routing, len(routing.row))
     backend = choose_backend(x)
     if backend == "reference":
         return reference.permute(x, routing.row), routing.offsets
@@ -59,10 +59,7 @@ def unpermute_tokens(y: Tensor, routing: Routing) -> Tensor:
         ValueError, TypeError: a wrong shape, dtype or device.
     """
     require_tensors(y=y)
-    _check("y", y, routing, routing.row.numel())
-    if routing.weight.shape != routing.row.shape:
-        expected, got = tuple(routing.row.shape), tuple(routing.weight.shape)
-        raise ValueError(f"routing: expected weight of shape {expected}, got {got}")
+    check_routing("y", y, routing, routing.row.numel())
     backend = choose_backend(y)
     if backend == "reference":
         return reference.unpermute(y, routing.weight, routing.row, routing.dropped)
@@ -145,7 +142,8 @@ def _module(backend: str):
     return triton
 
 
-def _check(name: str, x: Tensor, routing: Routing, rows: int) -> None:
+def check_routing(name: str, x: Tensor, routing: Routing, rows: int) -> None:
+    """That x has so many rows, a dtype of these ops, and a device that goes with the routing, and it with itself."""
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name}: dtype {x.dtype} is not supported; accepted: {', '.join(map(str, _DTYPES))}")
     if x.dim() != 2 or len(x) != rows:
@@ -157,3 +155,6 @@ def _check(name: str, x: Tensor, routing: Routing, rows: int) -> None:
         raise ValueError(f"{name}: is on {x.device}, the routing on {routing.row.device}")
     if x.dtype == torch.float64 and choose_backend(x) == "triton":
         raise TypeError(f"{name}: float64 is not supported by the triton backend; use_backend('reference') takes it")
+    if routing.weight.shape != routing.row.shape:
+        expected, got = tuple(routing.row.shape), tuple(routing.weight.shape)
+        raise ValueError(f"routing: expected weight of shape {expected}, got {got}")

@@ -60,7 +60,7 @@ def route_tokens_backward(
 
 def permute(x: Tensor, row: Tensor) -> Tensor:
     """`rows[row[t, j]] = x[t]`."""
-    return x[_entries(row) // row.shape[1]]
+    return x[entries(row) // row.shape[1]]
 
 
 def unpermute(y: Tensor, weight: Tensor, row: Tensor, dropped: Tensor) -> Tensor:
@@ -162,9 +162,9 @@ def _doubles(expert: Tensor, recycled: Tensor, E: int) -> Tensor:
     return double
 
 
-def _entries(row: Tensor) -> Tensor:
-    """The inverse of `row`: which of the T·k entries, counted token by token, has each row."""
-    return torch.empty_like(row.flatten()).scatter_(0, row.flatten(), torch.arange(row.numel(), device=row.device))
+def entries(row: Tensor) -> Tensor:
+    """The inverse of `row`: which of the T·k entries, counted token by token, has each row; -1 for none."""
+    return torch.full_like(row.flatten(), -1).scatter_(0, row.flatten(), torch.arange(row.numel(), device=row.device))
 
 
 def _mix(x: Tensor | int) -> Tensor | int:

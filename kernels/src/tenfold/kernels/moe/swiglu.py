@@ -43,7 +43,7 @@ def grouped_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor) ->
     require_tensors(x=x, gate_up=gate_up, down=down, offsets=offsets)
     x, gate_up, down = autocast(x, gate_up, down)
     check_grouped(x, offsets, gate_up=gate_up, down=down)
-    _check_shapes(x, gate_up, down)
+    check_shapes(x, gate_up, down)
     check_offsets(offsets, "gate_up", gate_up)
     backend = choose_backend(x)
     if backend == "reference" and not x.is_meta:  # plain torch, with torch's own autograd; it reads the offsets
@@ -116,7 +116,8 @@ def _module(backend: str):
     return triton
 
 
-def _check_shapes(x: Tensor, gate_up: Tensor, down: Tensor) -> None:
+def check_shapes(x: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    """That the weights are those of feed-forwards of x."""
     E, inner, K = gate_up.shape if gate_up.dim() == 3 else (0, 0, 0)
     if 0 in (E, inner, K) or inner % 2 or x.shape[1] != K:
         expected = f"(experts, 2·inner, {x.shape[1]})"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tenfold.kernels import Routing, grouped_swiglu, permute_tokens, route_tokens, unpermute_tokens
+from tenfold.kernels import Routing, expert_swiglu, route_tokens
 
 from .config import check_routing
 
@@ -107,8 +107,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Tokens `(T, dim)` through the experts that `routing` names, weighted and added up."""
-        rows, offsets = permute_tokens(x, routing)
-        return unpermute_tokens(grouped_swiglu(rows, self.gate_up_proj, self.down_proj, offsets), routing)
+        return expert_swiglu(x, self.gate_up_proj, self.down_proj, routing)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
