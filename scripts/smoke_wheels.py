@@ -27,8 +27,8 @@ USES = {
     "tenfold-kernels": """
 import torch
 from tenfold.kernels import (
-    cog_attention, fake_quantize, grouped_matmul, grouped_swiglu, latent_attention, linear_logprob, pack_latents,
-    permute_tokens, route_tokens, unpermute_tokens,
+    cog_attention, expert_swiglu, fake_quantize, grouped_matmul, grouped_swiglu, latent_attention, linear_logprob,
+    pack_latents, permute_tokens, route_tokens, unpermute_tokens, use_backend,
 )
 query, key, value = torch.randn(3, 1, 2, 5, 8, requires_grad=True).unbind()
 cog_attention(query, key, value, causal=True).sum().backward()
@@ -43,6 +43,10 @@ rows, offsets = permute_tokens(torch.randn(32, 6), routing)
 rows = grouped_matmul(rows, torch.randn(4, 6, 6), offsets)
 rows = grouped_swiglu(rows, torch.randn(4, 10, 6), torch.randn(4, 6, 5), offsets)
 assert unpermute_tokens(rows, routing).shape == (32, 6)
+experts = torch.randn(32, 16), torch.randn(4, 64, 16), torch.randn(4, 16, 32), routing
+out = expert_swiglu(*experts)
+with use_backend("reference"):
+    torch.testing.assert_close(out, expert_swiglu(*experts), rtol=1e-4, atol=1e-3)
 """,
     "tenfold-core": """
 import subprocess, sys

@@ -20,6 +20,7 @@ from transformers import HunYuanMoEV1Config
 from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import HunYuanMoEV1Experts
 
 from tenfold.kernels import expert_swiglu, route_tokens
+from tenfold.kernels.moe import compiled
 from tenfold.kernels.testing.timing import compare, machine, print_table, require_same, write_csv
 
 OURS = "tenfold"
@@ -74,6 +75,8 @@ def main() -> None:
     require_same({name: training(f) for name, f in layers.items()}, 1e-5 if arguments.dtype == "float32" else 5e-2)
     what = {n.replace("-", "_"): getattr(arguments, n.replace("-", "_")) for n in sizes if n != "rounds"}
     what |= {"dtype": arguments.dtype, "device": arguments.device}
+    if arguments.device == "cpu":
+        what["by"] = "swiglu.c" if compiled.suits(x, experts.gate_up_proj, experts.down_proj) else "torch's libraries"
     products = 6 * arguments.tokens * arguments.top_k * arguments.dim * arguments.inner
     print(", ".join(f"{name} {value}" for name, value in (what | machine()).items() if value != ""))
     rows = []

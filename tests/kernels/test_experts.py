@@ -82,9 +82,6 @@ def test_half_precision(dtype):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_compiled_feed_forwards_of_any_groups(data):
-    def grouped(**tensors):
-        return compiled.grouped_swiglu(**tensors, keep=False)[0]
-
     def reference(**tensors):
         with use_backend("reference"):
             return grouped_swiglu(**tensors)
@@ -93,7 +90,24 @@ def test_compiled_feed_forwards_of_any_groups(data):
     dims = (data.draw(st.sampled_from([16, 48, 512, 528, 1040])) for _ in range(3))
     tensors = swiglu_inputs(sizes, *dims, rest=data.draw(st.integers(0, 5)), seed=data.draw(st.integers(0, 99)))
     assert compiled.suits(*(tensors[name] for name in LEAVES))
-    check_op(grouped, reference, tensors)
+    check_op(grouped_swiglu, reference, tensors, grads=LEAVES)
+
+
+@needs_native
+def test_threads_change_no_bit_of_a_gradient():
+    tensors = swiglu_inputs((100, 0, 7, 250), 144, 272, 80, rest=3)
+
+    def gradients():
+        leaves = [tensors[name].detach().requires_grad_() for name in LEAVES]
+        return torch.autograd.grad(grouped_swiglu(*leaves, tensors["offsets"]).square().sum(), leaves)
+
+    expected, threads = gradients(), torch.get_num_threads()
+    try:
+        for count in (1, 2, 5, 2, 5):
+            torch.set_num_threads(count)
+            assert all(a.equal(b) for a, b in zip(gradients(), expected, strict=True))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @needs_native

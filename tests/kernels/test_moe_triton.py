@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tenfold.kernels import (
     Routing,
+    expert_swiglu,
     grouped_matmul,
     grouped_swiglu,
     permute_tokens,
@@ -253,6 +254,20 @@ def test_permuting_and_back_is_within_the_budget(device, dtype, options, dim):
     check_op(on("triton", unpermute), on("reference", unpermute), tensors, grads=("y", "weight"))
 
 
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_experts_are_within_the_budget(device, dtype, options):
+    with use_backend("reference"):
+        routing = Routing(*(t.to(device) for t in route(routing_logits(30, 4, skew=2.0), **options)))
+    tensors = swiglu_inputs((30, 0, 0, 0), 24, 40, 24, dtype=dtype, device=device)
+    del tensors["offsets"]
+
+    def experts(**tensors):
+        return expert_swiglu(**tensors, routing=routing)
+
+    check_op(on("triton", experts), on("reference", experts), tensors)
+
+
 def layer(x, logits, up, down, **options):
     routing = route(logits, **options)
     rows, offsets = permute_tokens(x, routing)
@@ -306,3 +321,8 @@ def test_they_are_torch_ops(device):
     torch.library.opcheck(torch.ops.tenfold.grouped_matmul, (x, up, routing.offsets, "triton"))
     feed_forward = (x, up, torch.randn(4, 5, 6, device=device, requires_grad=True), routing.offsets, True, "triton")
     torch.library.opcheck(torch.ops.tenfold.grouped_swiglu, feed_forward)
+    up = torch.randn(4, 6, 12, device=device)
+    parts = (routing.weight.detach(), routing.row, routing.dropped, routing.offsets, "triton")
+    torch.library.opcheck(
+        torch.ops.tenfold.expert_swiglu, (x.detach(), up, torch.randn(4, 5, 3, device=device), *parts)
+    )

@@ -34,8 +34,27 @@ def grouped_swiglu(
     for rows in (out, hidden):
         if rows is not None:
             rows[end:] = 0
-    _run(x, None, None, gate_up, down, offsets, out, hidden)
+    scratch = x.new_empty(CHUNK * (x.shape[1] + down.shape[2]))
+    inputs = x, None, None, gate_up, down, offsets.long()
+    _call("grouped_swiglu", inputs, down, x.shape[1], (out, hidden, scratch))
     return out, hidden
+
+
+def grouped_swiglu_backward(
+    grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, hidden: Tensor, needed: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, gate_up and down."""
+    end = _end(offsets, len(x))
+    grads = [
+        torch.empty_like(t) if need else None for t, need in zip((x.contiguous(), gate_up, down), needed, strict=True)
+    ]
+    if grads[0] is not None:
+        grads[0][end:] = 0
+    scratch = x.new_empty(CHUNK * 4 * down.shape[2])
+    _call(
+        "grouped_swiglu_backward", (grad, x, gate_up, down, offsets.long(), hidden), down, x.shape[1], (*grads, scratch)
+    )
+    return tuple(grads)
 
 
 def expert_swiglu(
@@ -46,7 +65,9 @@ def expert_swiglu(
     entry = entries(row)
     target = (entry // row.shape[1]).masked_fill_(dropped.flatten()[entry], -1)
     out = x.new_zeros(len(x), down.shape[1])
-    _run(x, target, weight.flatten()[entry].float(), gate_up, down, offsets, out, None)
+    scratch = x.new_empty(CHUNK * (x.shape[1] + down.shape[2]))
+    inputs = x, target, weight.flatten()[entry].float(), gate_up, down, offsets.long()
+    _call("grouped_swiglu", inputs, down, x.shape[1], (out, None, scratch))
     return out
 
 
@@ -56,22 +77,19 @@ def _end(offsets: Tensor, rows: int) -> int:
     return bounds[-1]
 
 
-def _run(
-    x: Tensor,
-    target: Tensor | None,
-    share: Tensor | None,
-    gate_up: Tensor,
-    down: Tensor,
-    offsets: Tensor,
-    out: Tensor,
-    hidden: Tensor | None,
+def _call(
+    name: str, inputs: tuple[Tensor | None, ...], down: Tensor, K: int, outputs: tuple[Tensor | None, ...]
 ) -> None:
+    """A function of the source: its tensors, E, K, I and N, what it writes to, and the threads."""
     E, N, inner = down.shape
-    x, offsets, scratch = x.contiguous(), offsets.long().contiguous(), x.new_empty(CHUNK * (x.shape[1] + inner))
-    inputs = (_pointer(t) for t in (x, target, share, gate_up, down, offsets))
-    sizes = (ctypes.c_int64(size) for size in (E, x.shape[1], inner, N))
-    results = (_pointer(t) for t in (out, hidden, scratch))
-    native.load(SOURCE).grouped_swiglu(*inputs, *sizes, *results, ctypes.c_int(torch.get_num_threads()))
+    inputs = [None if t is None else t.contiguous() for t in inputs]  # kept until the call is over
+    function = getattr(native.load(SOURCE), name)
+    function(
+        *(_pointer(t) for t in inputs),
+        *(ctypes.c_int64(size) for size in (E, K, inner, N)),
+        *(_pointer(t) for t in outputs),
+        ctypes.c_int(torch.get_num_threads()),
+    )
 
 
 def _pointer(x: Tensor | None) -> ctypes.c_void_p:

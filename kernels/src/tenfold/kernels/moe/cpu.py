@@ -112,6 +112,8 @@ def grouped_swiglu_backward(
     grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, hidden: Tensor, needed: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, gate_up and down."""
+    if compiled.suits(x, gate_up, down):
+        return compiled.grouped_swiglu_backward(grad, x, gate_up, down, offsets, hidden, needed)
     grad = grad.contiguous()
     dx = x.new_empty(x.shape) if needed[0] else None
     dgate_up = torch.empty_like(gate_up) if needed[1] else None

@@ -1,9 +1,12 @@
-/* SwiGLU feed-forwards, one per group of rows, in float32, for x86-64 with AVX-512: see native.py and compiled.py.
+/* SwiGLU feed-forwards, one per group of rows, and their gradients, in float32, for x86-64 with AVX-512: see native.py
+   and compiled.py.
 
-   Every number of a product is the dot product of two contiguous rows, in LANES sums: no weight is rearranged, no
-   number of rows is rounded up, and what comes of a row depends neither on its neighbours nor on the threads. ROWS by
-   COLUMNS of these sums fill the registers. Of a weight, TILE rows by DEPTH columns, 32 KB, are taken from memory once
-   and meet all rows of a chunk, while the next ones are fetched. */
+   Forward, every number of a product is the dot product of two contiguous rows, in LANES sums: no weight is rearranged,
+   no number of rows is rounded up, and what comes of a row depends neither on its neighbours nor on the threads. ROWS
+   by COLUMNS of these sums fill the registers. Of a weight, TILE rows by DEPTH columns, 32 KB, are taken from memory
+   once and meet all rows of a chunk, while the next ones are fetched.
+
+   Backward, products are sums of outer products, of numbers with rows: ROWS by 4 vectors of them fill the registers. */
 
 #include <stdint.h>
 #include <string.h>
@@ -118,12 +121,12 @@ INLINE vector exponential(vector x) {
 
 INLINE vector silu(vector x) { return x / (all(1) + exponential(-x)); }
 
-/* out[target[r]] (+)= share[r]·down[e] (silu(gate[e] x) ⊙ up[e] x), x = x[target[r]], for the rows r of every group e.
+/* out[target[r]] (+)= share[r]·down[e] (silu(gate[e] x) ⊙ up[e] x), x = x[target[r]], for the rows r of each group e.
 
-   Rows offsets[e]…offsets[e+1]-1 are group e's, with gate[e] above up[e] in gate_up: (E, 2·I, K); down: (E, N, I), all
-   contiguous; K, I and N multiples of TILE. Without a `target` row r is its own, and written; with one the shares are
-   added to `out`, in the order of the groups, and where it is negative nothing is. `hidden`, or null: (rows, 2·I) for
-   the first products. `scratch`: CHUNK·(K + I) numbers. */
+   Rows offsets[e]…offsets[e+1]-1 are group e's, with gate[e] above up[e] in gate_up: (E, 2·I, K); down: (E, N, I),
+   all contiguous; K, I and N multiples of TILE. Without a `target` row r is its own, and written; with one the shares
+   are added to `out`, in the order of the groups, and where it is negative nothing is. `hidden`, or null: (rows, 2·I)
+   for the first products. `scratch`: CHUNK·(K + I) numbers. */
 void grouped_swiglu(const float *x, const int64_t *target, const float *share, const float *gate_up, const float *down,
                     const int64_t *offsets, int64_t E, int64_t K, int64_t I, int64_t N, float *out, float *hidden,
                     float *scratch, int threads) {
@@ -171,6 +174,128 @@ void grouped_swiglu(const float *x, const int64_t *target, const float *share, c
                     memcpy(place_of, &y, sizeof y);
                 }
             }
+        }
+    }
+}
+
+enum { STEP = 64, WIDE = 4 * LANES };
+
+/* c[i, j] (+)= Σ_p a[p, i]·b[p, j] for p < depth, i < rows, j < vectors·LANES, the last two known when compiled.
+   a[p, i] lies at p·a_step + i·a_row; b in rows of WIDE. */
+INLINE void outer_block(int rows, int vectors, int64_t depth, const float *a, int64_t a_step, int64_t a_row,
+                        const float *b, float *c, int64_t c_stride, int add) {
+    vector total[ROWS][4] = {0};
+    _Pragma("GCC unroll 4") for (int64_t p = 0; p < depth; p++) {
+        vector row[4];
+        UNROLL for (int v = 0; v < vectors; v++) row[v] = load(b + p * WIDE + v * LANES);
+        UNROLL for (int i = 0; i < rows; i++) {
+            vector factor = all(a[p * a_step + i * a_row]);
+            UNROLL for (int v = 0; v < vectors; v++) total[i][v] += factor * row[v];
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int v = 0; v < vectors; v++) {
+            float *place_of = c + i * c_stride + v * LANES;
+            vector sum = add ? total[i][v] + load(place_of) : total[i][v]; /* last: long sums lose less in two levels */
+            memcpy(place_of, &sum, sizeof sum);
+        }
+}
+
+INLINE void outer_rows(int64_t rows, int vectors, int64_t depth, const float *a, int64_t a_step, int64_t a_row,
+                       const float *b, float *c, int64_t c_stride, int add) {
+    switch (rows) {
+    case 1: outer_block(1, vectors, depth, a, a_step, a_row, b, c, c_stride, add); break;
+    case 2: outer_block(2, vectors, depth, a, a_step, a_row, b, c, c_stride, add); break;
+    case 3: outer_block(3, vectors, depth, a, a_step, a_row, b, c, c_stride, add); break;
+    case 4: outer_block(4, vectors, depth, a, a_step, a_row, b, c, c_stride, add); break;
+    case 5: outer_block(5, vectors, depth, a, a_step, a_row, b, c, c_stride, add); break;
+    default: outer_block(ROWS, vectors, depth, a, a_step, a_row, b, c, c_stride, add);
+    }
+}
+
+/* c (+)= a b, a: (m, depth), m ≤ CHUNK; b: (depth, width), width a multiple of LANES; or, `transposed`, a: (depth, m)
+   and c (+)= aᵀ b. */
+static void outer(int transposed, int64_t m, int64_t depth, int64_t width, const float *a, int64_t a_stride,
+                  const float *b, int64_t b_stride, float *c, int64_t c_stride, int add) {
+    float packed[CHUNK * STEP], rows[STEP * WIDE];
+    for (int64_t from = 0; from < depth; from += STEP, add = 1) {
+        int64_t some = smaller(depth - from, STEP);
+        if (transposed) /* what a block needs, together: at a large stride, it would share a place in the cache */
+            for (int64_t p = 0; p < some; p++)
+                for (int64_t i = 0; i < m; i++)
+                    packed[(i / ROWS * some + p) * ROWS + i % ROWS] = a[(from + p) * a_stride + i];
+        for (int64_t j = 0; j < width; j += WIDE) {
+            int64_t columns = smaller(width - j, WIDE);
+            for (int64_t p = 0; p < some; p++) {
+                const float *row = b + (from + p) * b_stride + j;
+                memcpy(rows + p * WIDE, row, columns * sizeof *b);
+                if (from + STEP + p < depth) /* the next step's */
+                    for (int64_t k = 0; k < columns; k += LANES) __builtin_prefetch(row + STEP * b_stride + k);
+            }
+            for (int64_t i = 0; i < m; i += ROWS) {
+                const float *numbers = transposed ? packed + i * some : a + i * a_stride + from;
+                int64_t step = transposed ? ROWS : 1, next = transposed ? 1 : a_stride, n = smaller(m - i, ROWS);
+                float *sum = c + i * c_stride + j;
+                if (columns == WIDE) outer_rows(n, 4, some, numbers, step, next, rows, sum, c_stride, add);
+                else
+                    for (int64_t k = 0; k < columns; k += LANES)
+                        outer_rows(n, 1, some, numbers, step, next, rows + k, sum + k, c_stride, add);
+            }
+        }
+    }
+}
+
+/* The gradients of grouped_swiglu without a target, from `hidden`: dx, dgate_up and ddown, each null if not wanted.
+   `scratch`: CHUNK·4·I numbers. */
+void grouped_swiglu_backward(const float *grad, const float *x, const float *gate_up, const float *down,
+                             const int64_t *offsets, const float *hidden, int64_t E, int64_t K, int64_t I, int64_t N,
+                             float *dx, float *dgate_up, float *ddown, float *scratch, int threads) {
+    float *dhidden = scratch, *act = scratch + CHUNK * 2 * I, *dact = scratch + CHUNK * 3 * I;
+#pragma omp parallel num_threads(threads)
+    for (int64_t e = 0; e < E; e++) {
+        const float *w = gate_up + e * 2 * I * K, *v = down + e * N * I;
+        float *dw = dgate_up ? dgate_up + e * 2 * I * K : 0, *dv = ddown ? ddown + e * N * I : 0;
+        if (offsets[e] == offsets[e + 1]) {
+#pragma omp single nowait
+            {
+                if (dw) memset(dw, 0, 2 * I * K * sizeof *dw);
+                if (dv) memset(dv, 0, N * I * sizeof *dv);
+            }
+        }
+        for (int64_t first = offsets[e]; first < offsets[e + 1]; first += CHUNK) {
+            int64_t n = smaller(offsets[e + 1] - first, CHUNK), later = first > offsets[e];
+            const float *dy = grad + first * N, *rows = x + first * K, *both = hidden + first * 2 * I;
+#pragma omp for schedule(static)
+            for (int64_t j = 0; j < I; j += WIDE) {
+                int64_t columns = smaller(I - j, WIDE);
+                outer(0, n, N, columns, dy, N, v + j, I, dact + j, I, 0);
+                for (int64_t i = 0; i < n; i++)
+                    for (int64_t k = j; k < j + columns; k += LANES) {
+                        vector g = load(both + i * 2 * I + k), u = load(both + i * 2 * I + I + k);
+                        vector d = load(dact + i * I + k);
+                        vector sigmoid = all(1) / (all(1) + exponential(-g)), s = g * sigmoid;
+                        vector y = s * u, dg = d * u * sigmoid * (all(1) + g - s), du = d * s;
+                        memcpy(act + i * I + k, &y, sizeof y);
+                        memcpy(dhidden + i * 2 * I + k, &dg, sizeof dg);
+                        memcpy(dhidden + i * 2 * I + I + k, &du, sizeof du);
+                    }
+            }
+            if (dx) {
+#pragma omp for schedule(static) nowait
+                for (int64_t k = 0; k < K; k += WIDE)
+                    outer(0, n, 2 * I, smaller(K - k, WIDE), dhidden, 2 * I, w + k, K, dx + first * K + k, K, 0);
+            }
+            if (dw) {
+#pragma omp for schedule(static) nowait
+                for (int64_t o = 0; o < 2 * I; o += CHUNK)
+                    outer(1, smaller(2 * I - o, CHUNK), n, K, dhidden + o, 2 * I, rows, K, dw + o * K, K, later);
+            }
+            if (dv) {
+#pragma omp for schedule(static) nowait
+                for (int64_t o = 0; o < N; o += CHUNK)
+                    outer(1, smaller(N - o, CHUNK), n, I, dy + o, N, act, I, dv + o * I, I, later);
+            }
+#pragma omp barrier
         }
     }
 }

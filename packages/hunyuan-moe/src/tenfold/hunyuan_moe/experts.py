@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from tenfold.kernels import Routing, grouped_matmul, grouped_swiglu, permute_tokens, unpermute_tokens
+from tenfold.kernels import Routing, expert_swiglu, grouped_matmul, permute_tokens, unpermute_tokens
 
 
 def register_experts(name: str = "tenfold") -> None:
@@ -26,22 +26,22 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     Experts from `num_experts` on are those of other processes (expert parallelism): they add nothing here.
     """
     routing = chosen_routing(top_k_index, top_k_weights, self.num_experts)
-    rows, offsets = permute_tokens(hidden_states, routing)
     if _is_swiglu(self):
         weights = self.gate_up_proj, self.down_proj
         gate_up, down = (weight.transpose(1, 2) if self.is_transposed else weight for weight in weights)
-        rows = grouped_swiglu(rows.to(down.dtype), gate_up, down, offsets)
-    else:
-        rows = _feed_forward(self, rows, routing, top_k_index)
+        return expert_swiglu(hidden_states.to(down.dtype), gate_up, down, routing).to(hidden_states.dtype)
+    rows, _ = permute_tokens(hidden_states, routing)
+    rows = _feed_forward(self, rows, routing, top_k_index)
     if self.has_post_expert_norm:
         rows = self.post_expert_norm(rows)
     return unpermute_tokens(rows, routing).to(hidden_states.dtype)
 
 
 def _is_swiglu(experts: nn.Module) -> bool:
-    """Whether these experts are what `grouped_swiglu` computes: SwiGLU without biases."""
+    """Whether these experts are what `expert_swiglu` computes: SwiGLU without biases or a norm after it."""
     return (
         experts.has_gate
+        and not experts.has_post_expert_norm
         and experts.is_concatenated
         and not experts.has_bias
         and type(experts)._apply_gate is _default_apply_gate
@@ -71,7 +71,7 @@ def _feed_forward(self: nn.Module, rows: Tensor, routing: Routing, top_k_index: 
 
 
 def chosen_routing(expert: Tensor, weight: Tensor, experts: int) -> Routing:
-    """The `Routing` of a choice that somebody else made, for `permute_tokens` and `unpermute_tokens`.
+    """The `Routing` of a choice that somebody else made, for `expert_swiglu` or the ops that it consists of.
 
     Args:
         expert: `(T, k)`; from `experts` on they count as dropped.
