@@ -43,6 +43,8 @@ rows, offsets = permute_tokens(torch.randn(32, 6), routing)
 rows = grouped_matmul(rows, torch.randn(4, 6, 6), offsets)
 rows = grouped_swiglu(rows, torch.randn(4, 10, 6), torch.randn(4, 6, 5), offsets)
 assert unpermute_tokens(rows, routing).shape == (32, 6)
+from tenfold.kernels.moe import compiled
+assert compiled.SOURCE.is_file()
 experts = torch.randn(32, 16), torch.randn(4, 64, 16), torch.randn(4, 16, 32), routing
 out = expert_swiglu(*experts)
 with use_backend("reference"):

@@ -93,6 +93,12 @@ def test_compiled_feed_forwards_of_any_groups(data):
     check_op(grouped_swiglu, reference, tensors, grads=LEAVES)
 
 
+def test_the_sizes_are_the_sources():
+    source = compiled.SOURCE.read_text("utf-8")
+    assert f"TILE = {compiled.TILE}," in source
+    assert f"CHUNK = {compiled.CHUNK} }}" in source
+
+
 @needs_native
 def test_threads_change_no_bit_of_a_gradient():
     tensors = swiglu_inputs((100, 0, 7, 250), 144, 272, 80, rest=3)
@@ -156,7 +162,7 @@ def test_the_activation_everywhere(gate):
         assert out.isnan().all()
         return
     truth = F.silu(torch.tensor(gate, dtype=torch.float64))
-    # Below -87 the activation is smaller than any normal number, and may be 0.
+    # From about -88.7 on e^-gate is infinite, and the activation 0, as torch's: it is -2.6e-37 there, and shrinks.
     torch.testing.assert_close(out.double(), truth.expand(1, 16), rtol=3e-7, atol=2e-36)
 
 
@@ -269,7 +275,11 @@ GOOD = {"x": torch.zeros(30, 16), "gate_up": torch.zeros(6, 64, 16), "down": tor
         ({"down": torch.zeros(6, 48, 32).half()}, TypeError, "down: dtype torch.float16 differs from x's"),
         ({"down": torch.zeros(6, 48, 31)}, ValueError, r"down: expected \(6, dim, 32\) to go with gate_up"),
         ({"gate_up": torch.zeros(5, 64, 16), "down": torch.zeros(5, 48, 32)}, ValueError,
-         "routing: sends to 6 experts, gate_up holds 5"),
+         r"routing: expected offsets of shape \(6,\) to go with gate_up, got \(7,\)"),
+        ({"offsets": torch.tensor([[0, 5, 9, 30, 30, 30, 30]]).t()}, ValueError,
+         r"offsets of shape \(7,\) .* \(7, 1\)"),
+        ({"weight": torch.zeros(30, 1, device="meta")}, ValueError, "x: is on cpu, the routing's weight on meta"),
+        ({"dropped": torch.zeros(30, 1, device="meta").bool()}, ValueError, "the routing's dropped on meta"),
         ({"offsets": torch.tensor([0, 5, 4, 30, 30, 30, 30])}, ValueError, "offsets: must not fall, got 5 and then 4"),
         ({"offsets": torch.tensor([0, 5, 9, 30, 30, 30, 31])}, ValueError, "offsets: the last is 31"),
         ({"weight": torch.zeros(30, 2)}, ValueError, r"routing: expected weight of shape \(30, 1\), got \(30, 2\)"),

@@ -396,7 +396,7 @@ def test_errors_of_products_name_the_argument(backend, change, error, message):
         (torch.zeros(30, 4, dtype=torch.int64), TypeError, "dtype torch.int64 is not supported"),
         (torch.zeros(29, 4), ValueError, r"expected \(\d+, dim\) .* routing of 30 tokens to 2, got shape \(29, 4\)"),
         (torch.zeros(30), ValueError, r"expected .* got shape \(30,\)"),
-        (torch.zeros(30, 4, device="meta"), ValueError, "is on meta, the routing on cpu"),
+        (torch.zeros(30, 4, device="meta"), ValueError, "is on meta, the routing's row on cpu"),
     ],
 )
 def test_errors_of_permutation_name_the_argument(x, error, message):

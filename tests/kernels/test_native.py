@@ -1,6 +1,5 @@
 """How the C sources become functions, and what happens where they cannot."""
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -16,6 +15,12 @@ from tenfold.kernels.testing import swiglu_inputs
 
 pytestmark = pytest.mark.skipif(native.load(compiled.SOURCE) is None, reason="needs AVX-512 and GCC")
 SQUARE = "int square(int x) { return x * x; }"
+LOADED = """
+import sys
+from pathlib import Path
+from tenfold.kernels import native
+print(native.load(Path(sys.argv[1])).square(6))
+"""
 
 
 @pytest.fixture
@@ -61,6 +66,40 @@ def test_what_cannot_be_compiled_or_loaded_is_warned_of_and_leaves_nothing(sourc
     assert all(name.endswith(".so") for name in cached(tmp_path))
 
 
+@pytest.mark.parametrize("damage", [b"", b"\0" * 9000, "half"])
+def test_a_damaged_file_is_compiled_again(source, tmp_path, damage):
+    native.load(source)
+    (name,) = cached(tmp_path)
+    file = tmp_path / "cache" / "native" / name
+    whole = file.read_bytes()
+    file.unlink()  # not written over: this process has it loaded
+    file.write_bytes(whole[: len(whole) // 2] if damage == "half" else damage)
+    assert native.load.__wrapped__(source).square(7) == 49
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("compiler", ["", "  ", "g++", "gcc -g0"])
+def test_other_names_for_the_compiler(source, monkeypatch, compiler):
+    monkeypatch.setenv("CC", compiler)
+    assert native.load(source).square(7) == 49
+
+
+def test_a_compiler_that_fails_in_no_encoding(source, tmp_path, monkeypatch):
+    compiler = tmp_path / "cc"
+    compiler.write_bytes(b"#!/bin/sh\necho 'd\351sol\351' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    for name, reason in ((str(compiler), "sol"), ('gcc "', "No closing quotation")):
+        monkeypatch.setenv("CC", name)
+        with pytest.warns(RuntimeWarning, match=reason):
+            assert native.load.__wrapped__(source) is None
+
+
+def test_a_locale_without_unicode(source):
+    source.write_text(f"/* Σ */ {SQUARE}", "utf-8")
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert subprocess.check_output([sys.executable, "-c", LOADED, source], env=environment).split()[-1] == b"36"
+
+
 @pytest.mark.parametrize(
     "environment",
     [{"TENFOLD_NATIVE": "0"}, {"CC": "no-such-compiler"}],
@@ -85,13 +124,7 @@ def test_a_cache_that_cannot_be_written(source, tmp_path):
 
 
 def test_two_processes_at_once(source, tmp_path):
-    program = """
-import sys
-from pathlib import Path
-from tenfold.kernels import native
-print(native.load(Path(sys.argv[1])).square(6))
-"""
-    command = [sys.executable, "-c", program, source]
+    command = [sys.executable, "-c", LOADED, source]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
     assert [process.communicate()[0].split()[-1] for process in processes] == [b"36", b"36"]
     assert len(cached(tmp_path)) == 1
@@ -123,9 +156,3 @@ torch.save(grouped_swiglu(**swiglu_inputs((5, 90), 64, 48, 32)), sys.argv[1])
         assert answer.split()[-1] == str(way == "1")
         results.append(torch.load(file))
     torch.testing.assert_close(*results)
-
-
-def test_the_wheel_brings_the_source():
-    assert compiled.SOURCE.is_file()
-    assert isinstance(native.load(compiled.SOURCE), ctypes.CDLL)
-    assert Path(native.__file__).parent in compiled.SOURCE.parents

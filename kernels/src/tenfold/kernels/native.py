@@ -1,8 +1,9 @@
 """C sources of this package, compiled on the machine where they run, as Triton compiles its launchers.
 
-They are for what no library does as fast: see the sources. That takes x86-64 with AVX-512 and GCC; elsewhere, and with
-`TENFOLD_NATIVE=0`, the ops call torch's libraries. What was compiled is kept in the user's cache folder
-(`TENFOLD_CACHE`), under a name that changes with the source and the options.
+They are for what no library does as fast: see the sources. That takes Linux on x86-64 with AVX-512, and GCC (`CC`,
+else `gcc`); elsewhere, and with `TENFOLD_NATIVE=0` before the first call, the ops call torch's libraries. What was
+compiled is kept in the user's cache folder (`TENFOLD_CACHE`), under a name that holds a hash of the source and the
+options, and one of the file itself: what was damaged is compiled again.
 """
 
 import ctypes
@@ -30,16 +31,16 @@ OPTIONS = (
 @functools.cache
 def load(source: Path) -> ctypes.CDLL | None:
     """The functions of a source, None where it cannot be used. With a warning if that is because GCC failed."""
-    compiler = shlex.split(os.environ.get("CC", "gcc"))
-    if os.environ.get("TENFOLD_NATIVE") == "0" or not _wide_vectors() or not shutil.which(compiler[0]):
+    if os.environ.get("TENFOLD_NATIVE") == "0" or not _wide_vectors():
         return None
     try:
-        return _load(source, compiler)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
+        compiler = shlex.split(os.environ.get("CC", "")) or ["gcc"]
+        return _load(source, compiler) if shutil.which(compiler[0]) else None
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         warnings.warn(
             f"{source.name} could not be compiled and loaded, torch's libraries are used in its place (as with "
-            f"TENFOLD_NATIVE=0): {reason}",
+            f"TENFOLD_NATIVE=0): {str(reason)[:500]}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -52,27 +53,30 @@ def _wide_vectors() -> bool:
 
 
 def _load(source: Path, compiler: list[str]) -> ctypes.CDLL:
-    key = hashlib.sha256("\0".join([*compiler, *OPTIONS, source.read_text()]).encode()).hexdigest()[:16]
-    name = f"{source.stem}-{key}.so"
+    key = _hash("\0".join([*compiler, *OPTIONS, ""]).encode() + source.read_bytes())
     try:
         folder = _cache()
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            _compile(source, compiler, folder / name)
-        return ctypes.CDLL(str(folder / name))
+        for library in folder.glob(f"{source.stem}-{key}-*.so"):
+            if library.stem.endswith(_hash(library.read_bytes())):
+                return ctypes.CDLL(str(library))
+        return ctypes.CDLL(str(_compile(source, compiler, key, folder)))
     except (OSError, RuntimeError):  # no home, or one that nobody may write: compiled for this process alone
         with tempfile.TemporaryDirectory() as own:
-            _compile(source, compiler, Path(own) / name)
-            return ctypes.CDLL(str(Path(own) / name))
+            return ctypes.CDLL(str(_compile(source, compiler, key, Path(own))))
 
 
-def _compile(source: Path, compiler: list[str], library: Path) -> None:
+def _compile(source: Path, compiler: list[str], key: str, folder: Path) -> Path:
     """In two steps: linked with -fopenmp, it would bring a second OpenMP beside the one that torch has loaded."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        part, whole = Path(folder) / "part.o", Path(folder) / "whole.so"
-        for arguments in ([*OPTIONS, "-c", source, "-o", part], ["-shared", part, "-o", whole]):
-            subprocess.run([*compiler, *arguments], check=True, capture_output=True, text=True)
-        whole.replace(library)
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        part, whole = Path(own) / "part.o", Path(own) / "whole.so"
+        for arguments in ([*OPTIONS, "-x", "c", "-c", source, "-o", part], ["-shared", part, "-o", whole]):
+            subprocess.run([*compiler, *arguments], check=True, capture_output=True, text=True, errors="replace")
+        return whole.replace(folder / f"{source.stem}-{key}-{_hash(whole.read_bytes())}.so")
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _cache() -> Path:

@@ -17,9 +17,10 @@ def expert_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) ->
         out[t] = Σ_j weight[t, j] · W_down,e (silu(W_gate,e x[t]) ⊙ W_up,e x[t]),   e = routing.expert[t, j]
 
     What `permute_tokens`, `grouped_swiglu` and `unpermute_tokens` compute one after the other, and, where gradients are
-    wanted, how it is done. Without them the rows between these need not be in memory, and on a CPU with AVX-512 (see
-    `tenfold.kernels.native`) are not: tokens are read and results added where they lie. There the sum over a token's
-    experts goes by the experts' numbers, and what a token gets depends, to the bit, on no other token.
+    wanted, how it is done. Without gradients no rows need be in memory between these. On a CPU there are none where our
+    own program computes it (`tenfold.kernels.native` says where): in float32, with contiguous weights whose K, I and N
+    are multiples of 16. Then what a token gets depends, to the bit, on no other token and not on the threads; the sum
+    over its experts goes by their numbers.
 
     Args:
         x: `(T, K)`, float32, bfloat16, float16, or float64 (not on the triton backend).
@@ -44,8 +45,9 @@ def expert_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) ->
     check_routing("x", x, routing, len(row))
     check_grouped(x, offsets, gate_up=gate_up, down=down)
     check_shapes(x, gate_up, down)
-    if len(offsets) != len(gate_up) + 1:
-        raise ValueError(f"routing: sends to {len(offsets) - 1} experts, gate_up holds {len(gate_up)}")
+    if offsets.shape != (len(gate_up) + 1,):
+        expected, got = f"({len(gate_up) + 1},)", tuple(offsets.shape)
+        raise ValueError(f"routing: expected offsets of shape {expected} to go with gate_up, got {got}")
     backend = choose_backend(x)
     tensors = {"x": x, "gate_up": gate_up, "down": down, "weight": weight}
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())

@@ -151,8 +151,9 @@ def check_routing(name: str, x: Tensor, routing: Routing, rows: int) -> None:
         raise ValueError(
             f"{name}: expected ({rows}, dim) to go with a routing of {T} tokens to {k}, got shape {tuple(x.shape)}"
         )
-    if x.device != routing.row.device:
-        raise ValueError(f"{name}: is on {x.device}, the routing on {routing.row.device}")
+    for field in ("row", "weight", "dropped", "offsets"):
+        if x.device != (device := getattr(routing, field).device):
+            raise ValueError(f"{name}: is on {x.device}, the routing's {field} on {device}")
     if x.dtype == torch.float64 and choose_backend(x) == "triton":
         raise TypeError(f"{name}: float64 is not supported by the triton backend; use_backend('reference') takes it")
     if routing.weight.shape != routing.row.shape:

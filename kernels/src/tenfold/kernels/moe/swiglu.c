@@ -161,6 +161,7 @@ void grouped_swiglu(const float *x, const int64_t *target, const float *share, c
                     }
                 }
             }
+/* Not waited for: whoever is ahead packs the next tokens, and waits before activations are written again. */
 #pragma omp for schedule(static) nowait
             for (int64_t j = 0; j < N; j += TILE) {
                 float sum[CHUNK * TILE];
