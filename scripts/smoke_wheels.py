@@ -209,7 +209,7 @@ def use(wheel: Path, wheels: list[Path], *, resolution: str, python: str | None)
         # A constraint with an address: the range stays the wheel's own, but no index answers for a sibling.
         siblings.write_text("".join(f"{distribution(w)} @ {w.as_uri()}\n" for w in wheels))
         version = ["--python", python] if python else []
-        uv("venv", "--quiet", *version, str(environment))
+        uv("venv", "--quiet", *version, str(environment), folder=folder)
         options = ["--python", str(environment), "--constraints", str(siblings), "--resolution", resolution]
         # What the wheel requires is named, too: `lowest-direct` takes the lowest version of what is named alone.
         named = [
@@ -217,14 +217,14 @@ def use(wheel: Path, wheels: list[Path], *, resolution: str, python: str | None)
             for requirement in requirements(contents(wheel)[2])
             if not requirement.name.startswith("tenfold-") and "extra" not in str(requirement.marker)
         ]
-        uv("pip", "install", "--quiet", *options, str(wheel), *named)
+        uv("pip", "install", "--quiet", *options, str(wheel), *named, folder=folder)
         interpreter = environment / "bin" / "python"
         subprocess.run([interpreter, "-I", "-c", USES[distribution(wheel)]], cwd=folder, check=True)
 
 
-def uv(*arguments: str) -> None:
-    """Run uv; its own message says what went wrong."""
-    subprocess.run(["uv", *arguments], check=True)
+def uv(*arguments: str, folder: str) -> None:
+    """Run uv, away from the workspace, whose own constraints no user has; its message says what went wrong."""
+    subprocess.run(["uv", *arguments], cwd=folder, check=True)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """Which implementation of an op runs: chosen by the tensor's device, or by name with `use_backend`."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal, get_args
 
 import torch
@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 Backend = Literal["reference", "cpu", "triton"]
 
-_forced: ContextVar[Backend | None] = ContextVar("tenfold_backend", default=None)
+_forced = threading.local()  # of a thread; a ContextVar is not for torch.compile before torch 2.14
 
 
 @contextmanager
@@ -28,11 +28,15 @@ def use_backend(name: Backend) -> Iterator[None]:
     """
     if name not in get_args(Backend):
         raise ValueError(f"name: unknown backend {name!r}; accepted: {', '.join(get_args(Backend))}")
-    token = _forced.set(name)
+    before = getattr(_forced, "name", None)
+    _forced.name = name
     try:
         yield
     finally:
-        _forced.reset(token)
+        if before is None:
+            del _forced.name
+        else:
+            _forced.name = before
 
 
 def choose_backend(tensor: Tensor) -> Backend:
@@ -44,7 +48,7 @@ def choose_backend(tensor: Tensor) -> Backend:
         RuntimeError: the named backend cannot run on the tensor's device.
     """
     device = tensor.device.type
-    forced = _forced.get()
+    forced = getattr(_forced, "name", None)
     if forced is None:
         return {"cuda": "triton", "cpu": "cpu"}.get(device, "reference")
     if forced == "cpu" and device not in ("cpu", "meta"):
@@ -93,7 +97,7 @@ def refuse_tangents(**tensors: Tensor) -> None:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """`tensors` in the autocast dtype where autocast is on for their device, as torch's own matmuls do."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has none, and the question is an error
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -65,7 +65,7 @@ def cog_attention(
     _check(query, key, value, mask)
     if not isinstance(causal, bool):
         raise TypeError(f"causal: expected a bool, got {causal!r}")
-    if isinstance(scale, Tensor | str):  # a tensor's gradient would be lost
+    if isinstance(scale, (Tensor, str)):  # a tensor's gradient would be lost
         raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     if not -math.inf < scale < math.inf:  # torch.compile cannot trace math.isfinite

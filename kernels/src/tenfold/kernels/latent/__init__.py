@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backend import autocast, choose_backend, require_tensors
 from . import cpu, reference
-from .packing import PackedLatents, check_packed, fake_pack_latents, pack_latents, unpack_latents
+from .packing import PackedLatents, check_packed, fake_pack_latents, pack_latents, shape_of, unpack_latents
 
 __all__ = ["PackedLatents", "fake_pack_latents", "latent_attention", "pack_latents", "unpack_latents"]
 
@@ -81,7 +81,7 @@ def latent_attention(
     if not -math.inf < scale < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"scale: must be finite, got {scale}")
     if mask is not None:
-        mask = mask.expand(*query_latent.shape[:3], latent.shape[1])
+        mask = mask.expand(*query_latent.shape[:3], shape_of(latent)[1])
 
     backend = choose_backend(query_latent)
     if backend == "reference":  # plain torch, with torch's own autograd
@@ -171,7 +171,7 @@ def _check(
         if x.shape[-1] == 0:
             raise ValueError(f"{name}: the last dimension is 0")
     B, H, Tq, _ = query_latent.shape
-    Tk = latent.shape[1] if len(latent.shape) == 3 else -1
+    Tk = shape_of(latent)[1] if len(shape_of(latent)) == 3 else -1
     for name, x, query in (("latent", latent, query_latent), ("rope", rope, query_rope)):
         if x is None:
             continue
@@ -179,9 +179,10 @@ def _check(
             check_packed(name, x)
         elif x.dtype not in _DTYPES:
             raise TypeError(f"{name}: dtype {x.dtype} is not supported; accepted: {', '.join(map(str, _DTYPES))}")
-        D, time = query.shape[-1], "time" if x is latent else Tk
-        if len(x.shape) != 3 or x.shape[0] != B or x.shape[2] != D or (x is rope and x.shape[1] != Tk):
-            raise ValueError(f"{name}: expected ({B}, {time}, {D}) to go with its query, got shape {tuple(x.shape)}")
+        D, time = query.shape[-1], "time" if name == "latent" else Tk
+        shape = shape_of(x)
+        if len(shape) != 3 or shape[0] != B or shape[2] != D or (name == "rope" and shape[1] != Tk):
+            raise ValueError(f"{name}: expected ({B}, {time}, {D}) to go with its query, got shape {shape}")
         device = (x.codes if isinstance(x, PackedLatents) else x).device
         if device != query_latent.device:
             raise ValueError(f"{name}: is on {device}, query_latent on {query_latent.device}")

@@ -33,7 +33,7 @@ class PackedLatents(NamedTuple):
     @property
     def shape(self) -> torch.Size:
         """Of the tensor that was packed."""
-        return torch.Size((*self.codes.shape[:-1], self.width))
+        return torch.Size(shape_of(self))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -43,6 +43,11 @@ class PackedLatents(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> "PackedLatents":
         """`change` made to codes and scales alike."""
         return self._replace(codes=change(self.codes), scales=None if self.scales is None else change(self.scales))
+
+
+def shape_of(x: Tensor | PackedLatents) -> tuple[int, ...]:
+    """Of a tensor, or of one that was packed; torch.compile reads no property of a named tuple before torch 2.13."""
+    return (*x.codes.shape[:-1], x.width) if isinstance(x, PackedLatents) else tuple(x.shape)
 
 
 def pack_latents(
