@@ -1,6 +1,6 @@
 """The mixture-of-experts ops by their definition: plain torch, correct in float64. The tests' oracle.
 
-`route_tokens` is also what runs on the CPU: it takes a percent of the time of the experts that follow.
+`route_tokens` is also what runs on the CPU: it takes a small part of the time of the experts that follow.
 """
 
 from itertools import pairwise
