@@ -1,12 +1,12 @@
 # /// script
 # requires-python = ">=3.11"
 # ///
-"""Keep index addresses out of the committed uv.lock, and check it against a fresh resolution.
+"""Pin every package of the workspace by version and hash, without naming an index.
 
-uv writes into uv.lock where it found every file, so a lock made behind one mirror is of no use behind
-another. What pins a build is the version and the hash: those are kept, and uv looks the addresses up again,
-with the same versions, the first time it runs in a clone. That expands uv.lock in the work tree; the stripped
-text is what gets committed.
+uv writes into uv.lock where it found every file, so a lock made behind one mirror is of no use behind another.
+uv.lock is therefore each clone's own and not committed. What is committed: the versions, as constraints in the
+root's pyproject.toml, by which uv resolves to the same packages everywhere; and the hash of every file they come
+in, `locked-files.txt`, which `--check` compares with what the index serves.
 """
 
 import argparse
@@ -17,133 +17,112 @@ import sys
 import tempfile
 import tomllib
 from pathlib import Path
-from urllib.parse import unquote
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCK = ROOT / "uv.lock"
-
-REGISTRY = re.compile(r'\{ registry = "[^"]*" \}')
-SDIST = re.compile(r"^sdist = .*\n", re.MULTILINE)
-WHEEL = re.compile(r'\{ (?:url|path) = "(?:[^"]*/)?([^"/#]+)(?:#[^"]*)?", .*?hash = "([^"]+)".*? \}')
-REQUIRES_DIST = re.compile(r"^requires-dist = (?:\[\n(?:    .*\n)*\]|\[.*\])\n", re.MULTILINE)
-PACKAGE = re.compile(r"^(?=\[\[package\]\]$)", re.MULTILINE)
+BLOCK = re.compile(r"^constraint-dependencies = \[\n(?:    .*\n)*\]\n", re.MULTILINE)
+PIN = re.compile(r'^    "([A-Za-z0-9._-]+)==')
 
 
-def strip(lock: str) -> str:
-    """`lock` without addresses and source distributions; stripping twice changes nothing.
+class Lock(NamedTuple):
+    """What a resolution came to: pins, `numpy==2.4.6 ; python_full_version < '3.12'`, and the hash of each file."""
 
-    Without its `requires-dist` the root package looks changed to uv, which then resolves again and so finds
-    the addresses, keeping the versions. With it uv would take the lock as it stands, and miss the files.
-    """
-    lock = REGISTRY.sub('{ registry = "." }', lock)
-    lock = SDIST.sub("", lock)
-    lock = WHEEL.sub(lambda wheel: f'{{ filename = "{unquote(wheel[1])}", hash = "{wheel[2]}" }}', lock)
-    blocks = [_strip_root(block) if _is_root(block) else block for block in PACKAGE.split(lock)]
-    lock = "".join(blocks)
-    if left := re.search(r"^.*://.*$", lock, re.MULTILINE):
-        raise SystemExit(f"lock.py: do not know how to strip this line of uv.lock: {left[0].strip()[:100]}")
-    return lock
+    pins: list[str]
+    files: dict[str, str]
 
 
-def _is_root(block: str) -> bool:
-    return re.search(r'^source = \{ (?:virtual|editable) = "\." \}$', block, re.MULTILINE) is not None
+def read(lock: str) -> Lock:
+    """The pins and files of the text of a uv.lock; the workspace's own packages have neither."""
+    pins, files = [], {}
+    for package in tomllib.loads(lock)["package"]:
+        if "registry" not in package["source"]:
+            continue
+        marker = " or ".join(package.get("resolution-markers", []))
+        pins.append(f"{package['name']}=={package['version']}" + (f" ; {marker}" if marker else ""))
+        files |= {_filename(wheel["url"]): wheel["hash"] for wheel in package.get("wheels", [])}
+    return Lock(sorted(pins), dict(sorted(files.items())))
 
 
-def _strip_root(block: str) -> str:
-    block = REQUIRES_DIST.sub("", block)
-    return re.sub(r"^\[package\.metadata\]\n(?:\n|\Z)", "", block, flags=re.MULTILINE)
+def _filename(url: str) -> str:
+    return url.partition("#")[0].rpartition("/")[2].replace("%2B", "+")
 
 
-def check() -> list[str]:
-    """What is wrong with the committed lock: addresses in it, or another answer from a fresh resolution."""
-    committed = staged_lock()
-    problems = []
-    if committed is None:
-        committed = LOCK.read_text()
-    elif committed != strip(committed):
-        problems.append(
-            "the staged uv.lock holds index addresses: run `uv run scripts/lock.py`, then `git add uv.lock`"
-        )
-    committed = strip(committed)
-    return problems + compare(pins(committed), pins(strip(resolve(committed))))
+def constraints(pins: list[str]) -> str:
+    """The pins as the block of pyproject.toml that holds them."""
+    return "constraint-dependencies = [\n" + "".join(f'    "{pin}",\n' for pin in pins) + "]\n"
 
 
-def staged_lock() -> str | None:
-    """The uv.lock that git would commit (uv expands the one in the work tree); None outside a checkout."""
-    show = subprocess.run(["git", "show", ":uv.lock"], cwd=ROOT, capture_output=True, text=True)
-    return show.stdout if show.returncode == 0 else None
+def unpinned(project: str, names: list[str] | None) -> str:
+    """The text of pyproject.toml without the pins of `names`, or without any; an unknown name is refused."""
+    block = BLOCK.search(project)
+    if not block:
+        raise SystemExit("lock.py: pyproject.toml has no list `constraint-dependencies` of an entry a line")
+    lines = block[0].splitlines(keepends=True)
+    pinned = {match[1] for line in lines if (match := PIN.match(line))}
+    if names and (unknown := sorted(set(names) - pinned)):
+        raise SystemExit(f"lock.py: not among the pinned packages: {', '.join(unknown)}")
+    drop = pinned if names is None else set(names)
+    kept = "".join(line for line in lines if not ((match := PIN.match(line)) and match[1] in drop))
+    return project[: block.start()] + kept + project[block.end() :]
 
 
-def resolve(lock: str) -> str:
-    """The lock that uv writes when it starts from the versions in `lock`; the work tree stays as it is."""
-    workspace = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]["workspace"]
+def resolve(project: str) -> Lock:
+    """What uv resolves the workspace to, with `project` as the root's pyproject.toml; nothing here changes."""
+    workspace = tomllib.loads(project)["tool"]["uv"]["workspace"]
     members = [member for pattern in workspace["members"] for member in ROOT.glob(pattern)]
     with tempfile.TemporaryDirectory() as folder:
-        for project in [ROOT, *members]:
-            copy = Path(folder, project.relative_to(ROOT))
+        for member in members:
+            copy = Path(folder, member.relative_to(ROOT))
             copy.mkdir(parents=True, exist_ok=True)
-            shutil.copy(project / "pyproject.toml", copy)
-        fresh = Path(folder, "uv.lock")
-        fresh.write_text(lock)
+            shutil.copy(member / "pyproject.toml", copy)
+        Path(folder, "pyproject.toml").write_text(project, encoding="utf-8")
         run = subprocess.run(["uv", "lock", "--directory", folder], capture_output=True, text=True)
         if run.returncode:
             raise SystemExit(f"lock.py: uv could not resolve the workspace\n{run.stderr.strip()}")
-        return fresh.read_text()
+        return read(Path(folder, "uv.lock").read_text(encoding="utf-8"))
 
 
-def pins(lock: str) -> dict[tuple[str, str], dict[str, str]]:
-    """The hash of every file of every (package, version)."""
-    return {
-        (package["name"], package.get("version", "")): {
-            wheel["filename"]: wheel["hash"] for wheel in package.get("wheels", [])
-        }
-        for package in tomllib.loads(lock)["package"]
-    }
-
-
-def compare(committed: dict, fresh: dict) -> list[str]:
-    """The differences, a line each. A wheel published later for a locked version is none."""
-    problems = [f"locked, but no longer wanted: {name} {version}" for name, version in committed.keys() - fresh.keys()]
-    problems += [f"wanted, but not locked: {name} {version}" for name, version in fresh.keys() - committed.keys()]
-    for package in committed.keys() & fresh.keys():
-        for filename, digest in committed[package].items():
-            served = fresh[package].get(filename)
-            if served is None:
-                problems.append(f"locked, but no longer served: {filename}")
-            elif served != digest:
-                problems.append(f"another file under the same name: {filename}: locked {digest}, served {served}")
+def compare(committed: Lock, fresh: Lock) -> list[str]:
+    """The differences, a line each. A file published later for a pinned version is none."""
+    problems = [f"pinned, but no longer wanted: {pin}" for pin in set(committed.pins) - set(fresh.pins)]
+    problems += [f"wanted, but not pinned: {pin}" for pin in set(fresh.pins) - set(committed.pins)]
+    for filename, digest in committed.files.items():
+        served = fresh.files.get(filename)
+        if served is None:
+            problems.append(f"locked, but no longer served: {filename}")
+        elif served != digest:
+            problems.append(f"another file under the same name: {filename}: locked {digest}, served {served}")
     return sorted(problems)
 
 
-def rewrite() -> None:
-    """Strip uv.lock in the work tree."""
-    stripped = strip(LOCK.read_text())
-    partial = LOCK.with_suffix(".lock.partial")
-    partial.write_text(stripped)
-    partial.replace(LOCK)
-
-
 def main() -> None:
-    """Strip uv.lock, or do what the option says instead."""
+    """Pin, or check the pins."""
     parser = argparse.ArgumentParser(
         prog="lock.py",
-        description=f"{__doc__.splitlines()[0]} Without an option: strip uv.lock in the work tree.",
+        description=f"{__doc__.splitlines()[0]} Without an option: pin what pyproject.toml newly asks for.",
     )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--filter", action="store_true", help="standard input to standard output: git's clean filter")
+    mode.add_argument("--upgrade", nargs="*", metavar="PACKAGE", help="to the newest versions, of all or of these")
     mode.add_argument("--check", action="store_true", help="compare with a fresh resolution; exit 1 on a difference")
     arguments = parser.parse_args()
-    if arguments.filter:
-        sys.stdout.write(strip(sys.stdin.read()))
-    elif arguments.check:
-        problems = check()
+    project, hashes = ROOT / "pyproject.toml", ROOT / "locked-files.txt"
+    text = project.read_text(encoding="utf-8")
+    if arguments.check:
+        lines = hashes.read_text(encoding="utf-8").splitlines()
+        committed = Lock(
+            tomllib.loads(text)["tool"]["uv"]["constraint-dependencies"],
+            {filename: digest for digest, filename in map(str.split, lines)},
+        )
+        problems = compare(committed, resolve(text))
         for problem in problems[:20]:
             print(f"lock.py: {problem}", file=sys.stderr)
         if len(problems) > 20:
             print(f"lock.py: ... and {len(problems) - 20} more", file=sys.stderr)
         sys.exit(1 if problems else 0)
-    else:
-        rewrite()
+    start = text if arguments.upgrade is None else unpinned(text, arguments.upgrade or None)
+    fresh = resolve(start)
+    hashes.write_text("".join(f"{digest}  {name}\n" for name, digest in fresh.files.items()), encoding="utf-8")
+    project.write_text(BLOCK.sub(lambda _: constraints(fresh.pins), text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """No tracked file names a package index, a path of somebody's machine, or a private network.
 
-Read from git's index, not the work tree: uv writes addresses into the work tree's uv.lock whenever it runs.
+Read from git's index: what a commit would hold, and nothing that git ignores, as uv.lock.
 """
 
 import io
