@@ -123,6 +123,43 @@ def test_a_cache_that_cannot_be_written(source, tmp_path):
     assert native.load(source).square(7) == 49
 
 
+def test_only_the_user_can_write_what_is_kept(source, tmp_path):
+    old = os.umask(0o002)  # a group's members could write without further care
+    try:
+        native.load(source)
+    finally:
+        os.umask(old)
+    folder = tmp_path / "cache" / "native"
+    assert [path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())] == [0o700, 0o700]
+
+
+@pytest.mark.parametrize("which", ["folder", "library"])
+@pytest.mark.parametrize("how", ["writable", "another user's"])
+def test_what_others_could_have_written_is_not_loaded(source, tmp_path, monkeypatch, which, how):
+    native.load(source)
+    folder = tmp_path / "cache" / "native"
+    (library,) = folder.iterdir()
+    path = folder if which == "folder" else library
+    if how == "writable":
+        path.chmod(0o770)
+        reason = "may be written by others"
+    else:
+        whose, real = path.stat().st_ino, Path.stat
+
+        def stat(self, **options):
+            found = real(self, **options)
+            return os.stat_result((*found[:4], 12345, *found[5:])) if found.st_ino == whose else found
+
+        monkeypatch.setattr(Path, "stat", stat)
+        reason = "is another user's"
+    found, loaded = os.stat(library).st_ino, []
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: loaded.append(os.stat(path).st_ino))
+    with pytest.warns(RuntimeWarning, match=f"{path.name} {reason}"):
+        native.load.__wrapped__(source)
+    assert len(loaded) == 1
+    assert loaded != [found]
+
+
 def test_two_processes_at_once(source, tmp_path):
     command = [sys.executable, "-c", LOADED, source]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]

@@ -3,7 +3,8 @@
 They are for what no library does as fast: see the sources. That takes Linux on x86-64 with AVX-512, and GCC (`CC`,
 else `gcc`); elsewhere, and with `TENFOLD_NATIVE=0` before the first call, the ops call torch's libraries. What was
 compiled is kept in the user's cache folder (`TENFOLD_CACHE`), under a name that holds a hash of the source and the
-options, and one of the file itself: what was damaged is compiled again.
+options, and one of the file itself: what was damaged is compiled again. That folder holds programs: one that somebody
+else owns or may write to is not used.
 """
 
 import ctypes
@@ -56,12 +57,14 @@ def _load(source: Path, compiler: list[str]) -> ctypes.CDLL:
     key = _hash("\0".join([*compiler, *OPTIONS, ""]).encode() + source.read_bytes())
     try:
         folder = _cache()
-        folder.mkdir(parents=True, exist_ok=True)
-        for library in folder.glob(f"{source.stem}-{key}-*.so"):
-            if library.stem.endswith(_hash(library.read_bytes())):
-                return ctypes.CDLL(str(library))
-        return ctypes.CDLL(str(_compile(source, compiler, key, folder)))
-    except (OSError, RuntimeError):  # no home, or one that nobody may write: compiled for this process alone
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _is_private(folder):
+            for library in folder.glob(f"{source.stem}-{key}-*.so"):
+                if _is_private(library) and library.stem.endswith(_hash(library.read_bytes())):
+                    return ctypes.CDLL(str(library))
+            return ctypes.CDLL(str(_compile(source, compiler, key, folder)))
+        raise PermissionError
+    except (OSError, RuntimeError):  # no home, one that nobody may write, or not ours: for this process alone
         with tempfile.TemporaryDirectory() as own:
             return ctypes.CDLL(str(_compile(source, compiler, key, Path(own))))
 
@@ -72,7 +75,18 @@ def _compile(source: Path, compiler: list[str], key: str, folder: Path) -> Path:
         part, whole = Path(own) / "part.o", Path(own) / "whole.so"
         for arguments in ([*OPTIONS, "-x", "c", "-c", source, "-o", part], ["-shared", part, "-o", whole]):
             subprocess.run([*compiler, *arguments], check=True, capture_output=True, text=True, errors="replace")
+        whole.chmod(0o700)
         return whole.replace(folder / f"{source.stem}-{key}-{_hash(whole.read_bytes())}.so")
+
+
+def _is_private(path: Path) -> bool:
+    """Whether only this user can have written it; with a warning if not."""
+    status = path.stat()
+    if status.st_uid == os.geteuid() and not status.st_mode & 0o022:
+        return True
+    whose = "is another user's" if status.st_uid != os.geteuid() else "may be written by others (chmod go-w helps)"
+    warnings.warn(f"{path} {whose}: not used, what is compiled serves this process alone", RuntimeWarning, stacklevel=5)
+    return False
 
 
 def _hash(content: bytes) -> str:
