@@ -152,8 +152,8 @@ def test_what_others_could_have_written_is_not_loaded(source, tmp_path, monkeypa
 
         monkeypatch.setattr(Path, "stat", stat)
         reason = "is another user's"
-    found, loaded = os.stat(library).st_ino, []
-    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: loaded.append(os.stat(path).st_ino))
+    found, loaded = library.stat().st_ino, []
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: loaded.append(Path(path).stat().st_ino))
     with pytest.warns(RuntimeWarning, match=f"{path.name} {reason}"):
         native.load.__wrapped__(source)
     assert len(loaded) == 1
