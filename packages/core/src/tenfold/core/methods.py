@@ -28,6 +28,18 @@ class Method:
         package: import name: `tenfold.cog_attention`. Its folder `configs` holds the shipped configs.
         claims: functions that take a `tenfold.core.claims.Run` and return claims.
         verbs: what `tenfold NAME VERB` calls; the function's parameters are the options.
+        export: what `tenfold export RUN FOLDER` calls with the trained module and the folder: it writes there what a
+            user loads without Lightning, weights as safetensors, and returns the Python that loads it, which finds
+            the folder in the variable `folder` and leaves the result in `model`. The command adds the tokenizer, if
+            the run has one, and the model card with that code in it. None is for methods whose modules are all
+            `CausalLM`s, of architectures that transformers itself knows.
+
+    Example:
+        An export, for a package with a network `Encoder` that has `save_pretrained`:
+
+        >>> def export(module: LightningModule, folder: Path) -> str:
+        ...     module.encoder.save_pretrained(folder)
+        ...     return "from tenfold.joint_augment import Encoder; model = Encoder.from_pretrained(folder)"
     """
 
     name: str
@@ -38,6 +50,7 @@ class Method:
     package: str
     claims: "tuple[Callable[[Run], list[Claim]], ...]" = ()
     verbs: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    export: "Callable[[LightningModule, Path], str] | None" = None
 
 
 def installed() -> dict[str, EntryPoint]:
