@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .environment import device, versions
+from ..environment import device, versions
 
 # Code that measures nothing: the words, figures and pages around the measurements, and the tests' tools.
 _OUTSIDE = {"tenfold.core": ("claims/", "cli.py"), "tenfold.kernels": ("testing/",)}

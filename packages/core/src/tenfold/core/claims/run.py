@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..environment import environment, now
 from ..files import write_whole
 from .claim import Claim
-from .environment import environment, now
 from .fingerprint import fingerprint
 from .progress import RunProgress
 from .report import FORMAT, render

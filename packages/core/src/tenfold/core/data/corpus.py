@@ -7,6 +7,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TextIO
 
@@ -40,13 +41,18 @@ class Corpus:
         self.val_fraction = val_fraction
         self.files = _find(WIKIPEDIA_LEADS if path is None else Path(path))
 
-    def fingerprint(self) -> str:
-        """A hash of the files' contents, the split and the code here: equal ones give equal documents."""
-        digest = hashlib.sha256(f"{self.val_fraction}\n{Path(__file__).read_text(encoding='utf-8')}".encode())
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the files' contents and the split."""
+        digest = hashlib.sha256(f"{self.val_fraction}\n".encode())
         for file in self.files:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest() + _kind(file).encode())
         return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """A hash of `digest` and of the code here: equal ones give equal documents."""
+        return hashlib.sha256(f"{self.digest}\n{Path(__file__).read_text(encoding='utf-8')}".encode()).hexdigest()
 
     def documents(self, split: str) -> Iterator[str]:
         """The documents of `split`, "train" or "val", in the order of the files; empty ones are left out."""

@@ -33,7 +33,8 @@ class TextDataModule(LightningDataModule):
     number that models with different tokenizers share. With several devices, validation may get rows of
     separators alone, 0 bytes, that make the devices' shares equal and are to be left out.
 
-    Tokenizer and tokens are computed once and kept in the cache folder (`TENFOLD_CACHE`).
+    Tokenizer and tokens are computed once and kept in the cache folder (`TENFOLD_CACHE`). Checkpoints hold a
+    fingerprint of tokenizer and text: with another tokenizer, or to train on with another text, they are refused.
 
     Args:
         path: a `.txt` or `.jsonl` file or a folder of them, see `Corpus`; None is the Wikipedia leads.
@@ -109,6 +110,27 @@ class TextDataModule(LightningDataModule):
         devices = self.trainer.world_size if self.trainer else 1
         windows = Padded(self.val, devices, self.tokenizer.separator)
         return DataLoader(windows, batch_size=self.batch_size, num_workers=self.num_workers)
+
+    def state_dict(self) -> dict[str, str]:
+        """What a checkpoint remembers of the data."""
+        return {"tokenizer": self.tokenizer.fingerprint, "corpus": self.corpus.digest}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Refuse a checkpoint of another tokenizer and, in training, of another text.
+
+        Raises:
+            ValueError: which of the two.
+        """
+        if state["tokenizer"] != self.tokenizer.fingerprint:
+            raise ValueError(
+                "data.tokenizer: not the one that the checkpoint was trained with, whose tokens have other meanings; "
+                "it lies in the run's folder, tokenizer.json"
+            )
+        if state["corpus"] != self.corpus.digest and self.trainer.state.fn == "fit":
+            raise ValueError(
+                "data.path: not the text, or not the split, that the run was training on; to go on from its weights "
+                "with other data, begin a run with --model.init_from FOLDER (tenfold export makes the folder)"
+            )
 
     def _load(self) -> tuple[Tokenizer, list[np.ndarray]]:
         if self.tokenizer_path is None:

@@ -51,8 +51,14 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that the tokenizer does."""
-        return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
+        """A hash of all that the tokenizer does to a text; what models want around a text is not part of it."""
+        content = json.loads(self.tokenizer.to_str()) | {"post_processor": None, "truncation": None, "padding": None}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write a `tokenizer.json`, which `load_tokenizer` and transformers read."""
+        with write_whole(path) as temporary:
+            self.tokenizer.save(str(temporary))
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, without separators."""
@@ -111,9 +117,9 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus.documents("train"), trainer)
-    with write_whole(path) as temporary:
-        tokenizer.save(str(temporary))
-    return Tokenizer(tokenizer)
+    trained = Tokenizer(tokenizer)
+    trained.save(path)
+    return trained
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -12,13 +12,14 @@ from argparse import ArgumentError
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse.typing import NonNegativeInt
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -30,6 +31,7 @@ from ..methods import Method, configs
 from .callbacks import LastCheckpoint, NonFiniteGuard, RandomState
 from .checkpoint import AtomicCheckpointIO, load_checkpoint
 from .metrics import RunLogger
+from .record import TOKENIZER, RunRecord
 from .runs import RunOptions
 
 _USAGE = """tenfold {verb} {method} [OPTION ...]
@@ -66,8 +68,13 @@ class _MethodCLI(LightningCLI):
             super().__init__(
                 method.module,
                 method.datamodule,
-                save_config_callback=_SaveConfig if self.keeps else None,
-                save_config_kwargs={"save_to_log_dir": False},
+                save_config_callback=RunRecord if self.keeps else None,
+                save_config_kwargs={
+                    "folder": options.folder,
+                    "method": method.name,
+                    "package": method.package,
+                    "arguments": options.given,
+                },
                 trainer_defaults={"enable_model_summary": False},
                 seed_everything_default=0,
                 subclass_mode_model=True,
@@ -122,6 +129,15 @@ class _MethodCLI(LightningCLI):
             if ours["logger"]:
                 callbacks.append(LearningRateMonitor(logging_interval="step"))
         return self._instantiate_trainer({**given, **ours}, callbacks)
+
+    def instantiate_classes(self) -> None:
+        """With the tokenizer that is the run's, or that of the folder to begin with, where none is asked for."""
+        super().instantiate_classes()
+        run = self.options.checkpoint.parent.parent if self.options.checkpoint else None
+        begin = self.model.hparams.get("init_from")
+        folder = run or (Path(begin) if begin else None)
+        if folder and (folder / TOKENIZER).is_file() and getattr(self.datamodule, "tokenizer_path", "") is None:
+            self.datamodule.tokenizer_path = str(folder / TOKENIZER)
 
     def fit(self) -> int:
         """Train, and say where the results are, or how to go on."""
@@ -214,23 +230,6 @@ class _MethodCLI(LightningCLI):
         if where:
             return [key.removeprefix(f"{where}.") for key in keys if key.startswith(f"{where}.")]
         return ["config", "resume", "ckpt_path", "model", "data", *keys]
-
-
-class _SaveConfig(SaveConfigCallback):
-    """Keeps the whole config in the run's folder, for `--resume`."""
-
-    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        folder = _last(trainer).path.parent.parent
-        with write_whole(folder / "config.yaml") as temporary:
-            self.parser.save(self.config, temporary, skip_none=False, overwrite=True, format="yaml")
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Only now is it sure that there will be something in the folder."""
-        _say(f"run folder: {_last(trainer).path.parent.parent}")
-
-
-def _last(trainer: Trainer) -> LastCheckpoint:
-    return next(c for c in trainer.callbacks if isinstance(c, LastCheckpoint))
 
 
 def _constructor_options(cls: type) -> list[str]:

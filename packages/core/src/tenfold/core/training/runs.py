@@ -11,6 +11,7 @@ import yaml
 
 from ..errors import UserError, unknown
 from ..methods import Method, configs
+from .record import CONFIG, LAST
 
 _ROOT = Path("runs")
 
@@ -23,11 +24,13 @@ class RunOptions:
         folder: where a fit is kept, `runs/<method>/<config>`; or that of the checkpoint.
         checkpoint: to begin with; None is from scratch.
         rest: the arguments for LightningCLI, with the configs as files.
+        given: the arguments as they were given.
     """
 
     folder: Path
     checkpoint: Path | None = None
     rest: list[str] = field(default_factory=list)
+    given: list[str] = field(default_factory=list)
 
     @classmethod
     def parse(cls, method: Method, verb: str, arguments: list[str]) -> "RunOptions":
@@ -45,17 +48,19 @@ class RunOptions:
         root = _root(files, rest) / method.name
         if resume is not None:
             folder = _run_folder(root, resume, names)
-            files = [folder / "config.yaml"]
+            files = [folder / CONFIG]
             _check(files[0])
-            path: Path | None = folder / "checkpoints" / "last.ckpt"
+            path: Path | None = folder / LAST
         else:
             path = Path(checkpoint) if checkpoint is not None else None
+            if path and (path / LAST).exists():  # a run's folder
+                path /= LAST
             folder = _new_folder(root, files)
             run = path.parent.parent if path else None
-            if verb != "fit" and run and (run / "config.yaml").exists():
-                folder, files = run, files or [run / "config.yaml"]
+            if verb != "fit" and run and (run / CONFIG).exists():
+                folder, files = run, files or [run / CONFIG]
         given = [argument for file in files for argument in ("--config", str(file))]
-        return cls(folder, path, [*given, *rest])
+        return cls(folder, path, [*given, *rest], arguments)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], str | None, str | None, list[str]]:
@@ -125,7 +130,7 @@ def _run_folder(base: Path, resume: str, names: list[str]) -> Path:
     """The run that `--resume` means: a folder, or the latest of the method, or of the config named."""
     if resume:
         folder = Path(resume)
-        if not (folder / "checkpoints" / "last.ckpt").exists():
+        if not (folder / LAST).exists():
             raise UserError(f"resume: {resume} holds no run, there is no checkpoints/last.ckpt in it")
         return folder
     name = Path(names[-1]).stem if names else None

@@ -1,15 +1,17 @@
-"""What a measurement ran on: versions, processor, commit."""
+"""What a measurement or a training ran on: versions, processor, commit."""
 
 import os
 import platform
 import subprocess
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 
 def environment(distributions: Iterable[str]) -> dict[str, Any]:
@@ -34,6 +36,26 @@ def versions(distributions: Iterable[str]) -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
+    return found
+
+
+def required(package: str) -> set[str]:
+    """The distributions that the one of the import name `package` requires, with what its siblings require.
+
+    Extras count: what is not installed has no version. Our own distributions do not, whose code is looked at.
+    """
+    found: set[str] = set()
+    waiting, seen = ["tenfold-core", package.replace(".", "-").replace("_", "-")], set()
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        try:
+            requirements = {canonicalize_name(Requirement(text).name) for text in requires(name) or ()}
+        except PackageNotFoundError:
+            continue
+        ours = {name for name in requirements if name.startswith("tenfold-")}
+        found |= requirements - ours
+        waiting += ours - seen
     return found
 
 
