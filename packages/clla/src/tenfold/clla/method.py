@@ -1,6 +1,9 @@
 """What the `tenfold` command knows of this package."""
 
+from functools import partial
+
 from tenfold.core.data.text import TextDataModule
+from tenfold.core.export import save_language_model
 from tenfold.core.methods import Method
 
 from . import claims
@@ -16,5 +19,6 @@ METHOD = Method(
     datamodule=TextDataModule,
     package="tenfold.clla",
     claims=(claims.ladder_loss, claims.recall, claims.cache_bytes, claims.latent_rounding, claims.decode_time),
+    export=partial(save_language_model, imports="from tenfold.clla import register", before="register()"),
     verbs={"budget": budget, "convert": convert},
 )

@@ -5,6 +5,7 @@ from lightning import LightningDataModule, LightningModule
 from tenfold.core.methods import Method
 
 from . import claims
+from .export import export
 
 METHOD = Method(
     name="cog-attention",
@@ -20,4 +21,5 @@ METHOD = Method(
         claims.one_head_subtraction,
         claims.diffusion_loss,
     ),
+    export=export,
 )

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,13 +13,14 @@ from tenfold.kernels import cog_attention
 Attention = Literal["cog", "softmax"]
 
 
-class UViC(nn.Module):
+class UViC(nn.Module, PyTorchModelHubMixin):
     """A vision transformer with long skip connections that predicts the noise in an image.
 
     Time, condition and image patches are all tokens of one sequence. Of the `depth + 1` blocks, `depth // 2` go in,
     one stands in the middle, `depth // 2` come out, each of these fed the output of its mirror image on the way in.
     With `attention="cog"` every block is Cog but the first and the last, which keep softmax, as in the paper's
-    code; `attention="softmax"` is U-ViT (Bao et al., arXiv 2209.12152) and has the same parameters.
+    code; `attention="softmax"` is U-ViT (Bao et al., arXiv 2209.12152) and has the same parameters. It has
+    `save_pretrained` and `from_pretrained`: a config.json of the arguments below, and safetensors.
 
     Args:
         image_size: height and width of the image or latent.

@@ -4,7 +4,8 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,8 @@ _HELP = """usage: tenfold COMMAND ...
 
   list                            the methods that are installed
   info M                          what a method offers: configs, claims, verbs
+  generate RUN --prompt TEXT      let a run's language model go on with a text
+  export RUN FOLDER               a run's model for use without Lightning: safetensors, tokenizer, model card
   reproduce [M ...]               measure the claims of all or some methods, and write a report
   report                          write the report's page again from its measurements
   fit|validate|test|predict M     train or evaluate: --config NAME|FILE, --resume, and every option of
@@ -169,18 +172,22 @@ def _verb(method: Method, arguments: list[str]) -> int:
         if verb in (*_COMMANDS, *_TRAINING):
             raise UserError(f"the method comes last: tenfold {verb} {method.name}")
         raise UserError(unknown(f"verb of {method.name}", verb, method.verbs))
+    return _call(method.verbs[verb], f"{method.name} {verb}", rest)
+
+
+def _call(function: Callable[..., Any], command: str, arguments: list[str]) -> int:
+    """Call `function` by its parameters as options; its ValueErrors and OSErrors are about what it was given."""
     import inspect
 
     import jsonargparse
 
     from .messages import one_line
 
-    function = method.verbs[verb]
     # Not jsonargparse.auto_cli: that keeps an option `--config` for itself, and verbs may want one.
-    parser = jsonargparse.ArgumentParser(prog=f"tenfold {method.name} {verb}", exit_on_error=False, allow_abbrev=False)
+    parser = jsonargparse.ArgumentParser(prog=f"tenfold {command}", exit_on_error=False, allow_abbrev=False)
     parser.add_function_arguments(function, as_positional=True, sub_configs=True)
     try:
-        result = function(**parser.instantiate(parser.parse_args(rest)))
+        result = function(**parser.instantiate(parser.parse_args(arguments)))
     except argparse.ArgumentError as error:
         raise UserError(one_line(str(error), lambda where: inspect.signature(function).parameters)) from error
     except (ValueError, OSError) as error:
@@ -188,9 +195,31 @@ def _verb(method: Method, arguments: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _generate(arguments: list[str]) -> int:
+    with _needs_transformers("generate"):
+        from .generate import generate
+    return _call(generate, "generate", arguments)
+
+
+def _export(arguments: list[str]) -> int:
+    with _needs_transformers("export"):
+        from .export import export
+    return _call(export, "export", arguments)
+
+
+@contextmanager
+def _needs_transformers(command: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"{command}: needs {error.name}; try: pip install 'tenfold-core[lm]'") from error
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "list": _list,
     "info": _info,
+    "generate": _generate,
+    "export": _export,
     "reproduce": _reproduce,
     "report": _report,
     "bench": _bench,

@@ -5,6 +5,7 @@ from lightning import LightningDataModule, LightningModule
 from tenfold.core.methods import Method
 
 from . import claims
+from .export import export
 from .sweep import sweep
 from .verbs import fit_law, plan
 
@@ -24,5 +25,6 @@ METHOD = Method(
         claims.more_data_hurts,
         claims.one_exponent_bit_is_none,
     ),
+    export=export,
     verbs={"plan": plan, "sweep": sweep, "fit-law": fit_law},
 )

@@ -1,7 +1,10 @@
 """What the `tenfold` command knows of this package."""
 
+from functools import partial
+
 from lightning import LightningDataModule, LightningModule
 
+from tenfold.core.export import save_language_model
 from tenfold.core.methods import Method
 
 from . import claims, verbs
@@ -20,5 +23,6 @@ METHOD = Method(
         claims.schedule,
         claims.scaling_law,
     ),
+    export=partial(save_language_model, imports="from tenfold.hunyuan_moe import register", before="register()"),
     verbs={"scaling": verbs.scaling, "synthesize": verbs.synthesize},
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
 from ..errors import UserError
 
@@ -38,6 +39,20 @@ def load_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str,
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"checkpoint {path}: not a Lightning checkpoint, it has no 'state_dict'")
     return checkpoint
+
+
+def load_any_checkpoint(path: Path) -> dict[str, Any]:
+    """As `load_checkpoint`; the folder of a sharded one is put together, which takes memory for all of it.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    if not path.is_dir():
+        return load_checkpoint(path)
+    try:
+        return _load_distributed_checkpoint(path)
+    except Exception as error:  # of every kind, by the file that is damaged
+        raise CheckpointError(f"checkpoint {path}: damaged or not a sharded checkpoint: {error}") from error
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
