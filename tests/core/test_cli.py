@@ -80,6 +80,41 @@ def test_interrupt_and_resume(name, status, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", [9, 14, 16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--trainer.val_check_interval", "5"],
+        ["--trainer.accumulate_grad_batches", "3", "--trainer.max_epochs", "5"],
+    ],
+    ids=["plain", "validating", "accumulating"],
+)
+@pytest.mark.parametrize("how", ["signal", "crash"])
+def test_metrics_after_a_resume_are_those_of_an_uninterrupted_run(how, options, step, monkeypatch):
+    """Rows, steps and values; a crash is in the step after, and comes after rows that no checkpoint knows."""
+    import toy_method
+
+    assert main([*FIT, *options]) == 0
+    if how == "signal":
+        monkeypatch.setenv("TOY_SIGNAL", f"SIGTERM:{step}:0")
+        assert main([*FIT, *options]) == 143
+        monkeypatch.delenv("TOY_SIGNAL")
+    else:
+
+        def fail(self, *_):
+            if self.global_step == step + 1:
+                raise RuntimeError("lost")
+
+        monkeypatch.setattr(toy_method.Toy, "on_before_optimizer_step", fail, raising=False)
+        with pytest.raises(RuntimeError, match="lost"):
+            main([*FIT, *options])
+        monkeypatch.delattr(toy_method.Toy, "on_before_optimizer_step")
+    assert main(["fit", "toy", "--resume", "runs/toy/tiny-2"]) == 0
+    assert metrics("tiny-2") == metrics("tiny")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_second_interrupt_stops_at_once(monkeypatch, capsys):
     import signal
 

@@ -1,5 +1,6 @@
 """Interrupted training goes on to the same bits, whatever interrupts it."""
 
+import itertools
 import os
 import signal
 import sys
@@ -81,13 +82,98 @@ def test_sigterm_and_resume(toy, tmp_path, monkeypatch, step, arguments, shuffle
     assert_same(train(toy, tmp_path / "cut", seed=7, resume=True, **options), whole)
 
 
+class Batches(Callback):
+    """Notes the first number of each batch, and of the run's CSV file what is asked for."""
+
+    def __init__(self):
+        self.seen, self.epochs = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, index):
+        self.seen.append(batch[0, 0].item())
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.epochs.append(trainer.current_epoch)
+
+
+BY_STEPS = {"max_epochs": -1, "max_steps": 34}
+EVERY = {"check_val_every_n_epoch": None}
+BOUNDARIES = {  # of epochs of 10 batches, in which a signal comes with the last one of the first, second or third
+    "steps": BY_STEPS,
+    "epochs": {"max_epochs": 4},
+    "validation-on-it": BY_STEPS | EVERY | {"val_check_interval": 10},
+    "validation-off-it": BY_STEPS | EVERY | {"val_check_interval": 7},
+    "validation-on-every-other": BY_STEPS | EVERY | {"val_check_interval": 20},
+    "validation-within": BY_STEPS | {"val_check_interval": 5},
+    "no-validation": BY_STEPS | {"limit_val_batches": 0},
+    "accumulating": BY_STEPS | {"accumulate_grad_batches": 4, "max_steps": 10},
+    "accumulating-validation": BY_STEPS
+    | EVERY
+    | {"accumulate_grad_batches": 4, "max_steps": 10, "val_check_interval": 7},
+    "limited": BY_STEPS | {"limit_train_batches": 7},
+}
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("unit", ["max_epochs", "max_steps"])
-def test_a_finished_run_can_be_continued(toy, tmp_path, unit):
-    short, long = (1, 2) if unit == "max_epochs" else (7, 20)
-    whole = train(toy, tmp_path / "whole", **{unit: long})
-    train(toy, tmp_path / "cut", **{unit: short})
-    assert_same(train(toy, tmp_path / "cut", seed=7, resume=True, **{unit: long}), whole)
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("arguments", BOUNDARIES.values(), ids=BOUNDARIES)
+def test_a_signal_in_the_last_batch_of_an_epoch(toy, tmp_path, arguments, epoch):
+    whole = Batches()
+    expected = train(toy, tmp_path / "whole", callbacks=[whole], **arguments)
+    length = arguments.get("limit_train_batches", 10)
+
+    class Signal(Batches):
+        def on_train_batch_end(self, trainer, *_):
+            if len(self.seen) == (epoch + 1) * length:
+                signal.raise_signal(signal.SIGTERM)
+
+    first, second = Signal(), Batches()
+    assert train(toy, tmp_path / "cut", callbacks=[first], **arguments) is None
+    assert len(first.seen) == (epoch + 1) * length
+    found = train(toy, tmp_path / "cut", seed=7, resume=True, callbacks=[second], **arguments)
+    assert first.seen + second.seen == whole.seen
+    assert first.epochs + second.epochs == whole.epochs
+    assert_same(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("arguments", BOUNDARIES.values(), ids=BOUNDARIES)
+def test_a_crash_after_the_last_batch_of_an_epoch(toy, tmp_path, monkeypatch, arguments):
+    """From the checkpoint that was written there because its time had come."""
+    whole = Batches()
+    expected = train(toy, tmp_path / "whole", callbacks=[whole], **arguments)
+    length = arguments.get("limit_train_batches", 10)
+    monkeypatch.setattr("tenfold.core.training.callbacks.time.monotonic", clock := itertools.count(0, 1e6).__next__)
+    save = LastCheckpoint._save
+
+    def once(self, trainer):
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == 2 * length:
+            save(self, trainer)
+
+    monkeypatch.setattr(LastCheckpoint, "_save", once)
+    train(toy, tmp_path / "crashed", **arguments)
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(TOY)
+    assert clock() > 0
+    second = Batches()
+    found = train(toy, tmp_path / "crashed", seed=7, resume=True, callbacks=[second], **arguments)
+    assert whole.seen[2 * length :] == second.seen
+    assert_same(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("unit", "short", "long"),
+    [("max_epochs", 1, 2), ("max_epochs", 2, 4), ("max_steps", 7, 20), ("max_steps", 10, 34), ("max_steps", 20, 34)],
+)
+@pytest.mark.parametrize("validation", [{}, EVERY | {"val_check_interval": 10}, EVERY | {"val_check_interval": 7}])
+def test_a_finished_run_can_be_continued(toy, tmp_path, unit, short, long, validation):
+    arguments = validation | ({"max_epochs": -1} if unit == "max_steps" else {})
+    whole, first, second = Batches(), Batches(), Batches()
+    expected = train(toy, tmp_path / "whole", callbacks=[whole], **arguments | {unit: long})
+    train(toy, tmp_path / "cut", callbacks=[first], **arguments | {unit: short})
+    found = train(toy, tmp_path / "cut", seed=7, resume=True, callbacks=[second], **arguments | {unit: long})
+    assert first.seen + second.seen == whole.seen
+    assert_same(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore")

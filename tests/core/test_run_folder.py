@@ -1,6 +1,9 @@
 """A run's folder: what belongs to the run, what it says of itself, and what is refused under its checkpoint."""
 
+import csv
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,8 @@ import torch
 import yaml
 
 from tenfold.core.cli import main
-from tenfold.core.data.tokenizer import load_tokenizer
+from tenfold.core.data.corpus import Corpus
+from tenfold.core.data.tokenizer import load_tokenizer, train_tokenizer
 from tenfold.core.training import load_checkpoint
 
 TOY = Path(__file__).parent / "toy"
@@ -29,6 +33,33 @@ def workplace(tmp_path, monkeypatch):
     Path("other.txt").write_text(OTHER)
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A folder with a run in it, and what was exported of it."""
+    folder = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TOY)
+        patch.chdir(folder)
+        patch.setenv("TENFOLD_CACHE", str(folder / "cache"))
+        Path("text.txt").write_text(TEXT)
+        fit()
+        assert main(["export", str(RUN), "begin"]) == 0
+    return folder
+
+
+@pytest.fixture
+def trained(template):
+    """That run, in the current folder."""
+    shutil.copytree(template / "runs", "runs")
+    shutil.copytree(template / "cache", "cache")
+
+
+@pytest.fixture
+def exported(template):
+    """What was exported, in the current folder."""
+    shutil.copytree(template / "begin", "begin")
+
+
 def fit(*arguments):
     assert main(["fit", "toy", "--config", "lm", *arguments]) == 0
 
@@ -45,8 +76,7 @@ def refused(capsys, *arguments):
     return err
 
 
-def test_the_tokenizer_belongs_to_the_run(capsys):
-    fit()
+def test_the_tokenizer_belongs_to_the_run(trained, capsys):
     kept = load_tokenizer(RUN / "tokenizer.json")
     assert kept.fingerprint == load_checkpoint(LAST)["TextDataModule"]["tokenizer"]
 
@@ -67,14 +97,12 @@ def test_the_tokenizer_belongs_to_the_run(capsys):
     )
 
 
-def test_bits_per_byte_of_another_text_are_the_models_own(capsys):
+def test_bits_per_byte_of_another_text_are_the_models_own(trained, capsys):
     """By transformers' loss on the run's own tokens, document by document as they are packed."""
     from transformers import LlamaForCausalLM
 
-    from tenfold.core.data.corpus import Corpus
     from tenfold.core.lm import llama_config
 
-    fit()
     config = llama_config(vocab_size=300, layers=1, dim=16, heads=2, ffn=24, max_length=32)
     model = LlamaForCausalLM(config).eval()
     model.load_state_dict({k.removeprefix("lm."): v for k, v in load_checkpoint(LAST)["state_dict"].items()})
@@ -96,8 +124,7 @@ def test_bits_per_byte_of_another_text_are_the_models_own(capsys):
     assert f"{expected:.3f}"[:5] in out, (expected, out)
 
 
-def test_another_text_under_a_checkpoint_is_refused_in_training(capsys):
-    fit()
+def test_another_text_under_a_checkpoint_is_refused_in_training(trained, capsys):
     more = ("--trainer.max_steps", "30")
     err = refused(capsys, "fit", "toy", "--resume", str(RUN), "--data.path", "other.txt", *more)
     assert "data.path: not the text" in err
@@ -107,10 +134,9 @@ def test_another_text_under_a_checkpoint_is_refused_in_training(capsys):
     assert load_checkpoint(LAST)["global_step"] == 30
 
 
-def test_another_tokenizer_under_a_checkpoint_is_refused(capsys):
-    fit()
-    fit("--data.path", "other.txt")
-    other = "runs/toy/lm-2/tokenizer.json"
+def test_another_tokenizer_under_a_checkpoint_is_refused(trained, capsys):
+    other = "other.json"
+    train_tokenizer(Corpus("other.txt"), 300).save(Path(other))
     for line in (["fit", "toy", "--resume", str(RUN)], ["validate", "toy", "--ckpt_path", str(LAST)]):
         assert "data.tokenizer: not the one" in refused(capsys, *line, "--data.tokenizer", other)
 
@@ -125,3 +151,87 @@ def test_the_record_says_what_ran():
     assert record["starts"][0]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert {"date", "commit", "device", "processor"} <= record["starts"][1].keys()
     assert yaml.safe_load((RUN / "config.yaml").read_text())["trainer"]["max_steps"] == 25
+
+
+def rates(run=RUN):
+    with (run / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): float(row["lr-AdamW/pg1"]) for row in csv.DictReader(file) if row["lr-AdamW/pg1"]}
+
+
+def expected_rate(step, lr, total, warmup=2, floor=0.1):
+    """The formula of `warmup_cosine`."""
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    return lr * (floor + (1 - floor) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2)
+
+
+def test_another_learning_rate_takes_effect_on_resume(capsys):
+    fit("--trainer.log_every_n_steps", "1")
+    more = ["--trainer.max_steps", "30", "--model.lr", "0.05", "--model.weight_decay", "0.7"]
+    assert main(["fit", "toy", "--resume", str(RUN), *more]) == 0
+    found = rates()
+    assert found.keys() == set(range(30))
+    for step, rate in found.items():
+        lr, total = (0.01, 20) if step < 20 else (0.05, 30)
+        assert rate == pytest.approx(expected_rate(step, lr, total)), step
+    kept = load_checkpoint(LAST)
+    groups = kept["optimizer_states"][0]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.7, 0.0]
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["model"]["init_args"]["lr"] == 0.05
+    assert kept["hyper_parameters"]["lr"] == 0.05
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--model.layers", "6"], "model.layers: 6, the run has 1"),
+        (["--model.init_std", "0.1"], "model.init_std: 0.1, the run has 0.02"),
+        (["--data.batch_size", "4"], "data.batch_size: 4, the run has 8"),
+        (["--data.val_fraction", "0.2"], "data.val_fraction: 0.2, the run has 0.1"),
+        (["--seed_everything", "4"], "seed_everything: 4, the run has 0"),
+        (["--trainer.precision", "no"], "trainer.precision"),
+    ],
+)
+def test_a_refused_resume_changes_nothing(trained, capsys, option, words):
+    err = refused(capsys, "fit", "toy", "--resume", str(RUN), "--trainer.max_steps", "30", *option)
+    assert words in err
+    # And the same under the checkpoint's name alone, for a run of its own.
+    assert words in refused(capsys, "fit", "toy", "--config", "lm", "--ckpt_path", str(LAST), *option)
+
+
+def test_a_checkpoint_of_other_sizes_is_refused_by_its_options(trained, capsys):
+    err = refused(capsys, "validate", "toy", "--ckpt_path", str(RUN), "--model.dim", "32")
+    assert "model.dim: 32, the run has 16" in err
+
+
+def test_begin_with_the_weights_of_a_folder_on_other_text(trained, capsys):
+    assert main(["export", str(RUN), "begin"]) == 0
+    assert main(["fit", "toy", "--config", "lm", "--model.init_from", "begin", "--data.path", "other.txt"]) == 0
+    run = Path("runs/toy/lm-2")
+    assert load_tokenizer(run / "tokenizer.json").fingerprint == load_tokenizer("begin").fingerprint
+
+    # With a learning rate of 0 the weights stay what they were.
+    still = ["--model.init_from", "begin", "--model.lr", "0", "--model.weight_decay", "0"]
+    fit(*still)
+    before, after = (load_checkpoint(path)["state_dict"] for path in (LAST, "runs/toy/lm-3/checkpoints/last.ckpt"))
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+    shutil.rmtree("begin")  # which the run does not need any more
+    assert main(["fit", "toy", "--resume", str(run), "--trainer.max_steps", "24"]) == 0
+    assert main(["generate", str(run), "--max_new_tokens", "3"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--model.init_from", "nowhere"], "init_from: there is no folder nowhere"),
+        (["--model.ffn", "32"], "gate_proj.weight is (24, 16), the model's (32, 16)"),
+        (["--model.heads", "4"], "num_attention_heads is 2, the model's 4"),
+        (["--model.layers", "2"], "model.layers.1.self_attn.q_proj.weight is missing"),
+        (["--model.tie_embeddings", "true"], "tie_word_embeddings is False, the model's True"),
+        (["--data.tokenizer", "other.json"], "data.tokenizer: not that of init_from"),
+    ],
+)
+def test_a_folder_of_another_model_is_refused(exported, capsys, change, words):
+    train_tokenizer(Corpus("other.txt"), 300).save(Path("other.json"))
+    assert words in refused(capsys, "fit", "toy", "--config", "lm", "--model.init_from", "begin", *change)

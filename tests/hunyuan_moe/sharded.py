@@ -69,7 +69,8 @@ def train(what, text, *, devices=1, steps=3, weights=None, callbacks=(), resume=
     """A module after `steps` updates, from `weights` or `resume` if given."""
     seed_everything(0, verbose=False)
     sharded = devices > 1
-    module = (Watched if what == "begin" else HunyuanLarge)(**SIZES, **OPTIONS[what], weights=weights)
+    kind = Watched if what == "begin" else HunyuanLarge
+    module = kind(**SIZES, **OPTIONS[what], init_from=weights and str(weights))
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,

@@ -88,7 +88,7 @@ def test_a_run_outlives_the_weights_it_began_with(data, tmp_path):
     begin = HunyuanLarge(**SIZES, init_std=0.1)
     begin.configure_model()
     begin.lm.save_pretrained(weights)
-    module = HunyuanLarge(**SIZES, lr=1e-2, warmup_steps=1, weights=str(weights))
+    module = HunyuanLarge(**SIZES, lr=1e-2, warmup_steps=1, init_from=str(weights))
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     options |= {"limit_val_batches": 0, "enable_checkpointing": False}
     trainer = Trainer(max_steps=2, **options)
@@ -102,7 +102,7 @@ def test_a_run_outlives_the_weights_it_began_with(data, tmp_path):
     resumed = HunyuanLarge(**module.hparams)
     Trainer(max_steps=3, **options).fit(resumed, data, ckpt_path=tmp_path / "run.ckpt", weights_only=True)
     assert resumed.global_step == 3
-    with pytest.raises(FileNotFoundError, match=r"weights: there is no folder .*weights$"):
+    with pytest.raises(FileNotFoundError, match=r"init_from: there is no folder .*weights$"):
         Trainer(max_steps=1, **options).fit(HunyuanLarge(**module.hparams), data)
 
 

@@ -1,6 +1,7 @@
 """Training U-ViC by noise prediction, and drawing images from it (variance-preserving diffusion)."""
 
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +40,8 @@ class UViCModule(LightningModule):
         weight_decay: AdamW's, on everything but the position embedding.
         warmup_steps: of linear warm-up; the rate is constant after it, as in U-ViT.
     """
+
+    may_change: ClassVar[tuple[str, ...]] = ("lr", "betas", "weight_decay", "warmup_steps")  # when a run is resumed
 
     def __init__(
         self,

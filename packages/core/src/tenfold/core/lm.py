@@ -2,18 +2,23 @@
 
 import math
 from dataclasses import fields
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tenfold.kernels import linear_logprob
 
+from .data.tokenizer import load_tokenizer
 from .training.schedules import warmup_cosine
 from .training.sharding import fill, shard, sharding_mesh
+from .weights import read_weights
 
 # What transformers calls the cache, in its models' arguments and outputs: from 5.24 on `cache`, which it still takes
 # under the old name.
@@ -107,11 +112,23 @@ class CausalLM(LightningModule):
         weight_decay: of AdamW.
         betas: of AdamW.
         shard_size: under `ModelParallelStrategy`, processes that share one copy of the weights; by default all of them.
+        init_from: a folder with the weights to begin with, of a model of the same architecture, as `tenfold export` and
+            `save_pretrained` write it. Once there is a checkpoint it is not needed any more.
 
     Example:
         >>> module = CausalLM(vocab_size=2048, layers=4, dim=128, heads=4, ffn=344)
         >>> Trainer(max_steps=600).fit(module, TextDataModule(vocab_size=2048))
     """
+
+    # What optimizer and schedule alone depend on, and where weights lie: arguments that a resumed run may change.
+    may_change: ClassVar[tuple[str, ...]] = (
+        "lr",
+        "min_lr_ratio",
+        "warmup_steps",
+        "weight_decay",
+        "betas",
+        "shard_size",
+    )
 
     def __init__(
         self,
@@ -133,6 +150,7 @@ class CausalLM(LightningModule):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         shard_size: int | None = None,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, low, high in (
@@ -148,6 +166,7 @@ class CausalLM(LightningModule):
             raise ValueError(f"shard_size: must be positive, got {shard_size}")
         self.save_hyperparameters()
         self.lm: PreTrainedModel | None = None
+        self._absent: RemovableHandle | None = None
 
     def build(self) -> PreTrainedModel:
         """The model to train, with fresh weights: a Llama of the constructor's sizes."""
@@ -180,18 +199,45 @@ class CausalLM(LightningModule):
             given, limit = getattr(data, offered, None), self.hparams[taken]
             if given is not None and given > limit:
                 raise ValueError(f"data.{name}: {given} is more than the model's {taken}, {limit}")
+        tokenizer, begin = getattr(data, "tokenizer", None), Path(self.hparams.init_from or "", "tokenizer.json")
+        if self.hparams.separate_documents and getattr(tokenizer, "separator", 0) != 0:
+            raise ValueError("separate_documents: needs a tokenizer whose token 0 is <|endoftext|>")
+        begins = stage == "fit" and self.hparams.init_from and tokenizer and begin.is_file()
+        if begins and load_tokenizer(begin).fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"data.tokenizer: not that of init_from, {begin}, whose tokens have other meanings")
 
     def configure_model(self) -> None:
         """Build the model, once; under Trainer, in the dtype and on the device that its strategy wants.
 
         Under Lightning's `ModelParallelStrategy`, each layer is sharded over the processes (FSDP2) before it has any
-        memory: a process only ever holds its share.
+        memory: a process only ever holds its share. Then weights are read from `init_from`.
 
         Raises:
-            ValueError: a `shard_size` that does not divide the processes.
+            ValueError: a `shard_size` that does not divide the processes, or weights of another model.
         """
         if self.lm is not None:
             return
+        self._build()
+        if self.hparams.init_from is None:
+            return
+        if Path(self.hparams.init_from).is_dir():
+            self.read_weights(Path(self.hparams.init_from))
+        else:  # nor is it needed if a checkpoint follows, which shows later
+            self._absent = self.lm.base_model.register_forward_pre_hook(self._refuse)
+
+    def read_weights(self, folder: Path) -> None:
+        """Fill the model, which may be sharded, from `init_from`."""
+        read_weights(self.lm, folder)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """The checkpoint has what `init_from` was for."""
+        if self._absent is not None:
+            self._absent.remove()
+
+    def _refuse(self, model: nn.Module, inputs: tuple) -> None:
+        raise FileNotFoundError(f"init_from: there is no folder {self.hparams.init_from}")
+
+    def _build(self) -> None:
         if self.device_mesh is None:
             self.lm = self.build()
             return

@@ -2,11 +2,10 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from tenfold.core.lm import CausalLM
@@ -62,10 +61,11 @@ class HunyuanLarge(CausalLM):
         anneal_share: of the steps, the last ones, over which the rate falls to `lr · min_lr_ratio`.
         decay_ratio: where the decay before it ends, relative to `lr`; not published.
         tie_embeddings: whether the head's weight is the embedding's.
-        weights: a folder in the released layout to begin with, of which each process reads its share. Once there is a
-            checkpoint it is not needed any more.
-        others: sizes and optimizer, as `CausalLM` takes them; `ffn` is an expert's inner width.
+        others: sizes and optimizer, as `CausalLM` takes them; `ffn` is an expert's inner width. `init_from` is a folder
+            in the released layout, of which each process reads its share.
     """
+
+    may_change: ClassVar[tuple[str, ...]] = (*CausalLM.may_change, "expert_lr_ratio", "anneal_share", "decay_ratio")
 
     def __init__(
         self,
@@ -84,7 +84,6 @@ class HunyuanLarge(CausalLM):
         anneal_share: float = 0.05,
         decay_ratio: float = 0.3,
         tie_embeddings: bool = True,
-        weights: str | None = None,
         **others,
     ) -> None:
         super().__init__(tie_embeddings=tie_embeddings, **others)
@@ -100,7 +99,6 @@ class HunyuanLarge(CausalLM):
             raise ValueError(f"init_std: must be from 0 to 1, got {h.init_std}")
         if not h.min_lr_ratio <= decay_ratio <= 1:
             raise ValueError(f"decay_ratio: must be from min_lr_ratio {h.min_lr_ratio} to 1, got {decay_ratio}")
-        self._absent: RemovableHandle | None = None
         self.config()  # what does not go together shows now, not when training begins
 
     def config(self) -> HunyuanLargeConfig:
@@ -129,24 +127,15 @@ class HunyuanLarge(CausalLM):
         return HunyuanLargeForCausalLM(self.config())
 
     def configure_model(self) -> None:
-        """Build the model, once, and listen for its balance loss; `weights` are read where they belong, in shares."""
+        """Build the model, once, and listen for its balance loss."""
         if self.lm is not None:
             return
         super().configure_model()
-        if self.hparams.weights is not None:
-            if Path(self.hparams.weights).is_dir():
-                read_weights(self.lm, Path(self.hparams.weights))
-            else:  # nor is it needed if a checkpoint follows, which shows later
-                self._absent = self.lm.base_model.register_forward_pre_hook(self._refuse)
         self.lm.base_model.register_forward_hook(self._keep_balance)
 
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """The checkpoint has what `weights` was for."""
-        if self._absent is not None:
-            self._absent.remove()
-
-    def _refuse(self, model: torch.nn.Module, inputs: tuple) -> None:
-        raise FileNotFoundError(f"weights: there is no folder {self.hparams.weights}")
+    def read_weights(self, folder: Path) -> None:
+        """Fill the model from a folder in the released layout, of which each process reads its share."""
+        read_weights(self.lm, folder)
 
     def _keep_balance(self, model: torch.nn.Module, inputs: tuple, output) -> None:
         self._balance = output.balance_loss

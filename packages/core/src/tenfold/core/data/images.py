@@ -2,6 +2,7 @@
 
 import lzma
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ class FashionMNISTDataModule(LightningDataModule):
         >>> next(iter(data.val_dataloader()))["images"].shape
         torch.Size([64, 1, 28, 28])
     """
+
+    may_change: ClassVar[tuple[str, ...]] = ("num_workers",)  # when a run is resumed
 
     def __init__(self, *, batch_size: int = 64, val_images: int = 1000, seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()

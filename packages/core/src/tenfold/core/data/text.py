@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from itertools import islice
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -58,6 +59,12 @@ class TextDataModule(LightningDataModule):
         >>> next(iter(data.train_dataloader()))["tokens"].shape
         torch.Size([16, 129])
     """
+
+    may_change: ClassVar[tuple[str, ...]] = (
+        "path",
+        "tokenizer",
+        "num_workers",
+    )  # on resume; checkpoints know their text
 
     def __init__(
         self,

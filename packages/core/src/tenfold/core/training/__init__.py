@@ -1,6 +1,6 @@
 """Training with Lightning: resumable to the same bits, stopped by signals and NaNs without harm."""
 
-from .callbacks import LastCheckpoint, NonFiniteError, NonFiniteGuard, RandomState
+from .callbacks import LastCheckpoint, NonFiniteError, NonFiniteGuard, RandomState, StepCount
 from .checkpoint import AtomicCheckpointIO, CheckpointError, load_checkpoint
 from .fit import fit
 from .loader import ResumableDataLoader
@@ -14,6 +14,7 @@ __all__ = [
     "NonFiniteGuard",
     "RandomState",
     "ResumableDataLoader",
+    "StepCount",
     "fit",
     "load_checkpoint",
     "warmup_cosine",

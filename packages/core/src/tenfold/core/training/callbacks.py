@@ -17,6 +17,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .metrics import RunLogger
+
 
 class NonFiniteError(RuntimeError):
     """The loss or a gradient is infinite or NaN; the weights are those before the update."""
@@ -86,6 +88,38 @@ class RandomState(Callback):
         self._states = None
 
 
+class StepCount(Callback):
+    """Has loggers go on with the steps of the uninterrupted run, which Lightning counts up to 3 too high afterwards."""
+
+    def __init__(self) -> None:
+        self.stepped = 0
+        self._resumed = False
+
+    def state_dict(self) -> dict[str, int]:
+        """The batches so far that ended in an update."""
+        return {"stepped": self.stepped}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there."""
+        self.stepped, self._resumed = state_dict["stepped"], True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have the run's metrics forget what came after the checkpoint."""
+        for logger in trainer.loggers if self._resumed else ():
+            if isinstance(logger, RunLogger):
+                logger.go_on_at(self.stepped)
+
+    def on_train_batch_start(self, trainer: Trainer, *_) -> None:
+        """Correct Lightning's count, once: only now is it through with restoring it."""
+        if self._resumed:
+            trainer.fit_loop.epoch_loop._batches_that_stepped = self.stepped
+            self._resumed = False
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        """Count."""
+        self.stepped += not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
 class LastCheckpoint(Checkpoint):
     """Keeps `<folder>/last.ckpt` up to date, and saves it when a signal stops training.
 
@@ -94,7 +128,8 @@ class LastCheckpoint(Checkpoint):
     checkpoint is written and Lightning's `SIGTERMException` leaves `fit`, with `signal` set. A second Ctrl-C
     stops at once, without saving.
 
-    A checkpoint is only ever written between two batches, where training can go on to the same bits.
+    A checkpoint is only ever written between two batches, where training can go on to the same bits. After the last
+    batch of an epoch it is written when the epoch has ended, and says that the next one is to begin.
 
     Args:
         folder: of `last.ckpt`.
@@ -114,6 +149,7 @@ class LastCheckpoint(Checkpoint):
         It restores what was there before it when training ends.
         """
         self.began, self._step, self._time = True, None, time.monotonic()
+        self._validated = self._unflushed = False
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._receive)
             signal.signal(signal.SIGINT, self._receive)
@@ -128,14 +164,44 @@ class LastCheckpoint(Checkpoint):
         loop = trainer.fit_loop
         if trainer.should_stop and loop._can_stop_early and not loop.epoch_loop._should_accumulate():
             self._save(trainer)  # by `max_time`, say; the validation that follows belongs to stopping
-        elif not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        elif not _is_last(trainer) and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
             self._between_batches(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, *_) -> None:
+        """See on the disk what was logged before the checkpoint."""
+        if self._unflushed:
+            self._unflushed = False
+            for logger in trainer.loggers:
+                logger.save()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save or stop if it is time and this was a validation in the course of training."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             # A validation because training stops is not one to go on from: the batch before it was saved.
-            self._between_batches(trainer, validated=not trainer.should_stop)
+            self._validated = not trainer.should_stop
+            if not _is_last(trainer):
+                self._between_batches(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save or stop if it is time, unless `max_steps` broke off the epoch; of all callbacks this is the last."""
+        if _is_last(trainer):
+            self._between_batches(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """After the last batch of an epoch, have the loops begin the next one.
+
+        As Lightning saves them, they go through the end of the epoch again, and lose count of epochs where steps limit
+        the training: the resumed run would skip one, or most of one.
+        """
+        if _is_last(trainer):
+            loops = checkpoint["loops"]["fit_loop"]
+            for epochs in loops["epoch_progress"].values():
+                epochs.update(dict.fromkeys(("processed", "completed"), epochs["started"]))
+            for name in ("epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"):
+                progress = loops[name]
+                progress["total"]["completed"] = progress["total"]["processed"]
+                progress["current"] = dict.fromkeys(progress["current"], 0)
+                progress["is_last_batch"] = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless the last step's checkpoint is there."""
@@ -147,7 +213,8 @@ class LastCheckpoint(Checkpoint):
         if isinstance(exception, SIGTERMException) and self.signal is not None:
             self._save(trainer)
 
-    def _between_batches(self, trainer: Trainer, validated: bool = False) -> None:
+    def _between_batches(self, trainer: Trainer) -> None:
+        validated, self._validated = self._validated, False
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return  # the gradients so far would be lost
         if _any_process(trainer, self.signal is not None):
@@ -170,7 +237,12 @@ class LastCheckpoint(Checkpoint):
             new.replace(self.path)
             _remove(old)
         trainer.strategy.barrier()
-        self._step, self._time = trainer.global_step, time.monotonic()
+        self._step, self._time, self._unflushed = trainer.global_step, time.monotonic(), True
+
+
+def _is_last(trainer: Trainer) -> bool:
+    """Whether the batch is the last one of its epoch."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
 def _remove(path: Path) -> None:

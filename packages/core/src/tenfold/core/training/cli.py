@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse.typing import NonNegativeInt
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
@@ -28,10 +29,11 @@ from ..errors import UserError
 from ..files import write_whole
 from ..messages import one_line
 from ..methods import Method, configs
-from .callbacks import LastCheckpoint, NonFiniteGuard, RandomState
+from .callbacks import LastCheckpoint, NonFiniteGuard, RandomState, StepCount
 from .checkpoint import AtomicCheckpointIO, load_checkpoint
 from .metrics import RunLogger
-from .record import TOKENIZER, RunRecord
+from .record import CONFIG, TOKENIZER, RunRecord
+from .resume import CurrentSettings, check_options, differences, read
 from .runs import RunOptions
 
 _USAGE = """tenfold {verb} {method} [OPTION ...]
@@ -104,6 +106,12 @@ class _MethodCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find devices that are not there: on a CPU Lightning would start any number of processes."""
         _check_devices(self.config.trainer.accelerator, self.config.trainer.devices)
+        if self.keeps and self.options.checkpoint:
+            check_options(self._plain(), self.options.checkpoint.parent.parent)
+
+    def _plain(self) -> dict[str, Any]:
+        """The config as it is written to a file."""
+        return yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
 
     def instantiate_trainer(self) -> Trainer:
         """The Trainer of the config, with our parts."""
@@ -125,7 +133,7 @@ class _MethodCLI(LightningCLI):
         elif given.logger in (None, True):
             ours["logger"] = RunLogger(self.options.folder)
         if self.keeps:
-            callbacks += [NonFiniteGuard(), RandomState(), self.last]
+            callbacks += [StepCount(), CurrentSettings(), NonFiniteGuard(), RandomState(), self.last]
             if ours["logger"]:
                 callbacks.append(LearningRateMonitor(logging_interval="step"))
         return self._instantiate_trainer({**given, **ours}, callbacks)
@@ -202,7 +210,10 @@ class _MethodCLI(LightningCLI):
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
-            what = " ".join(str(error).split())[:200]
+            run = self.options.checkpoint.parent.parent
+            found = differences(self._plain(), read(run)) if (run / CONFIG).is_file() else ()
+            told = "; ".join(f"{name}: {ours}, the run has {theirs}" for name, ours, theirs in found)
+            what = told or " ".join(str(error).split())[:200]
             raise UserError(f"checkpoint {self.options.checkpoint}: not this model's: {what}") from error
 
     def _explain(self, message: str) -> str:
