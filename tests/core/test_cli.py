@@ -158,8 +158,8 @@ def test_the_root_of_the_run_folders_can_be_chosen(capsys):
     Path("root.yaml").write_text("trainer: {default_root_dir: third}\n")
     assert main([*FIT, "--config", "root.yaml"]) == 0
     assert Path("third/toy/root/checkpoints/last.ckpt").exists()
-    assert main(["test", "toy", "--ckpt_path", "elsewhere/toy/tiny/checkpoints/last.ckpt"]) == 2
-    assert "test: Toy has no test_step" in capsys.readouterr().err
+    assert main(["predict", "toy", "--ckpt_path", "elsewhere/toy/tiny/checkpoints/last.ckpt"]) == 2
+    assert "predict: Toy has nothing to predict" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,6 +13,7 @@ import yaml
 from tenfold.core.cli import main
 from tenfold.core.data.corpus import Corpus
 from tenfold.core.data.tokenizer import load_tokenizer, train_tokenizer
+from tenfold.core.trained import open_run
 from tenfold.core.training import load_checkpoint
 
 TOY = Path(__file__).parent / "toy"
@@ -235,3 +236,33 @@ def test_begin_with_the_weights_of_a_folder_on_other_text(trained, capsys):
 def test_a_folder_of_another_model_is_refused(exported, capsys, change, words):
     train_tokenizer(Corpus("other.txt"), 300).save(Path("other.json"))
     assert words in refused(capsys, "fit", "toy", "--config", "lm", "--model.init_from", "begin", *change)
+
+
+def test_predict_writes_the_log_probability_of_each_token(trained, capsys):
+    """By transformers' own logits over the same windows of 16, the last one short."""
+    text = "Zwölf Boxkämpfer.\n\n9 times 9 is 81. 🙂\n\nThe end"
+    Path("mine.txt").write_text(text)
+    assert main(["predict", "toy", "--ckpt_path", str(RUN), "--data.path", "mine.txt"]) == 0
+    assert capsys.readouterr().out.endswith(f"predictions: {RUN}/predictions.jsonl\n")
+    documents = [json.loads(line) for line in (RUN / "predictions.jsonl").read_text().splitlines()]
+
+    run = open_run(RUN)
+    assert [run.tokenizer.decode(d["tokens"][:-1]) for d in documents] == text.split("\n\n")
+    assert all(d["tokens"][-1] == 0 and d["pieces"][-1] == "<|endoftext|>" for d in documents)
+    stream = torch.tensor([0, *(token for d in documents for token in d["tokens"])])
+    assert (len(stream) - 1) % 16
+    expected = []
+    for start in range(0, len(stream) - 1, 16):
+        window = stream[start : start + 17]
+        with torch.no_grad():
+            logp = run.module.lm(window[None, :-1]).logits[0].double().log_softmax(-1)
+        expected += logp.gather(-1, window[1:, None])[:, 0].tolist()
+    found = [value for d in documents for value in d["logprobs"]]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_finished_run_says_so(trained, capsys):
+    before = (RUN / "run.json").read_text()
+    assert main(["fit", "toy", "--resume", str(RUN)]) == 0
+    assert "step 20: finished already, by trainer.max_steps 20" in capsys.readouterr().out
+    assert (RUN / "run.json").read_text() == before

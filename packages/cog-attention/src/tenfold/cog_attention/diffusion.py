@@ -97,6 +97,11 @@ class UViCModule(LightningModule):
         loss = self._loss(batch, *self._noise(batch["images"], generator))
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["images"]), sync_dist=True)
 
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """As many images as the batch has, drawn by `sample`, of its classes if the model knows classes."""
+        labels = batch["labels"] if self.hparams.classes else None
+        return self.sample(len(batch["images"]), labels=labels, seed=batch_idx).cpu()
+
     def configure_optimizers(self) -> dict:
         """AdamW with linear warm-up."""
         decayed = [p for name, p in self.named_parameters() if name != "model.position"]

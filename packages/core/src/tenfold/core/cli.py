@@ -23,8 +23,8 @@ _HELP = """usage: tenfold COMMAND ...
   export RUN FOLDER               a run's model for use without Lightning: safetensors, tokenizer, model card
   reproduce [M ...]               measure the claims of all or some methods, and write a report
   report                          write the report's page again from its measurements
-  fit|validate|test|predict M     train or evaluate: --config NAME|FILE, --resume, and every option of
-                                  trainer, model and data (tenfold fit M --help shows them)
+  fit|validate|predict M          train or evaluate: --config NAME|FILE, --resume, and every option of
+                                  trainer, model and data (tenfold fit M --config NAME --help shows them)
   bench [OP|M]                    run the benchmarks, in a checkout of the repository
   M VERB ...                      what a method adds (tenfold info M)
 
@@ -165,7 +165,7 @@ def _verb(method: Method, arguments: list[str]) -> int:
         print(f"usage: tenfold {method.name} VERB ...")
         for name, function in method.verbs.items():
             print(f"  {_describe(name, function)}")
-        print(f"and: tenfold info|fit|validate|test|predict|reproduce|bench {method.name}")
+        print(f"and: tenfold info|fit|validate|predict|reproduce|bench {method.name}")
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in method.verbs:
@@ -224,7 +224,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "report": _report,
     "bench": _bench,
 }
-_TRAINING = ("fit", "validate", "test", "predict")
+_TRAINING = ("fit", "validate", "predict")
 
 
 class _Parser(argparse.ArgumentParser):

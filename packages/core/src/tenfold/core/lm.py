@@ -281,6 +281,11 @@ class CausalLM(LightningModule):
         values = {"val/loss": nats / tokens, "val/bits_per_byte": nats / (math.log(2) * size)}
         self.log_dict(values, prog_bar=True, sync_dist=True)
 
+    def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> list[Tensor]:
+        """The log-probabilities of each row's real targets, in float32 on the CPU."""
+        logp = self(batch["tokens"]).float().cpu()
+        return [row[:count] for row, count in zip(logp, batch["targets"].tolist(), strict=True)]
+
     def adamw(self, groups: list[dict], **options) -> torch.optim.AdamW:
         """The optimizer; fused, but for mixed precision, where Lightning clips no gradients before a fused step."""
         fused = not str(self.trainer.precision).endswith("mixed")

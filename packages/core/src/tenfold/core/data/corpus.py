@@ -55,10 +55,12 @@ class Corpus:
         return hashlib.sha256(f"{self.digest}\n{Path(__file__).read_text(encoding='utf-8')}".encode()).hexdigest()
 
     def documents(self, split: str) -> Iterator[str]:
-        """The documents of `split`, "train" or "val", in the order of the files; empty ones are left out."""
+        """The documents of `split`, "train", "val" or "all", in the order of the files; empty ones are left out."""
         for file in self.files:
             for document in _read(file):
-                if document and (_position(document) < self.val_fraction) == (split == "val"):
+                if not document:
+                    continue
+                if split == "all" or (_position(document) < self.val_fraction) == (split == "val"):
                     yield document
 
 

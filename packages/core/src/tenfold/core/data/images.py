@@ -85,6 +85,10 @@ class FashionMNISTDataModule(LightningDataModule):
         """The validation images, always in the same order."""
         return DataLoader(self.val, batch_size=self.batch_size, num_workers=self.num_workers)
 
+    def predict_dataloader(self) -> DataLoader:
+        """The validation images."""
+        return self.val_dataloader()
+
 
 class Images(Dataset):
     """Images kept as bytes, given as floats from -1 to 1."""

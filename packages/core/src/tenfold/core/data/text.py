@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -60,11 +60,8 @@ class TextDataModule(LightningDataModule):
         torch.Size([16, 129])
     """
 
-    may_change: ClassVar[tuple[str, ...]] = (
-        "path",
-        "tokenizer",
-        "num_workers",
-    )  # on resume; checkpoints know their text
+    # On resume: the checkpoint knows text and tokenizer by their contents, wherever they lie.
+    may_change: ClassVar[tuple[str, ...]] = ("path", "tokenizer", "num_workers")
 
     def __init__(
         self,
@@ -92,10 +89,16 @@ class TextDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fill the cache, in one process per machine."""
-        self._load()
+        if self.trainer is None or self.trainer.state.fn != "predict":
+            self._load()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load tokenizer and tokens: `tokenizer`, `train` and `val` are there afterwards."""
+        """Load tokenizer and tokens: `tokenizer`, `train` and `val` are there afterwards, or `whole` to predict on."""
+        if stage == "predict":
+            self.tokenizer = self._tokenizer()
+            stream = np.concatenate(list(_parts(self.corpus.documents("all"), self.tokenizer)))
+            self.whole = Whole(stream, self.length, self.tokenizer.separator)
+            return
         self.tokenizer, streams = self._load()
         lengths = self.tokenizer.bytes_per_token()
         self.train, self.val = (Windows(stream, self.length, lengths) for stream in streams)
@@ -118,6 +121,26 @@ class TextDataModule(LightningDataModule):
         windows = Padded(self.val, devices, self.tokenizer.separator)
         return DataLoader(windows, batch_size=self.batch_size, num_workers=self.num_workers)
 
+    def predict_dataloader(self) -> DataLoader:
+        """All of the text, training and validation documents in their order, in windows like those of validation."""
+        return DataLoader(self.whole, batch_size=self.batch_size, num_workers=self.num_workers)
+
+    def predictions(self, batches: list[list[Tensor]]) -> Iterator[dict[str, Any]]:
+        """What `CausalLM` predicted, a document at a time, as JSON values.
+
+        `logprobs` are natural logarithms, one for each of `tokens`; `pieces` are the tokens as text, where bytes that
+        are no UTF-8 of their own are U+FFFD. The last token is the separator that ends the document.
+        """
+        logp = torch.cat([row for batch in batches for row in batch]).tolist()
+        tokens = self.whole.stream[1:].tolist()
+        start = 0
+        for end, token in enumerate(tokens, 1):
+            if token == self.tokenizer.separator:
+                own = tokens[start:end]
+                pieces = [self.tokenizer.decode([token]) for token in own]
+                yield {"tokens": own, "pieces": pieces, "logprobs": logp[start:end]}
+                start = end
+
     def state_dict(self) -> dict[str, str]:
         """What a checkpoint remembers of the data."""
         return {"tokenizer": self.tokenizer.fingerprint, "corpus": self.corpus.digest}
@@ -139,7 +162,7 @@ class TextDataModule(LightningDataModule):
                 "with other data, begin a run with --model.init_from FOLDER (tenfold export makes the folder)"
             )
 
-    def _load(self) -> tuple[Tokenizer, list[np.ndarray]]:
+    def _tokenizer(self) -> Tokenizer:
         if self.tokenizer_path is None:
             tokenizer = train_tokenizer(self.corpus, self.vocab_size)
         else:
@@ -148,6 +171,10 @@ class TextDataModule(LightningDataModule):
             raise ValueError(
                 f"vocab_size: {self.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens"
             )
+        return tokenizer
+
+    def _load(self) -> tuple[Tokenizer, list[np.ndarray]]:
+        tokenizer = self._tokenizer()
         return tokenizer, [token_stream(self.corpus, tokenizer, split) for split in ("train", "val")]
 
 
@@ -168,6 +195,26 @@ class Windows(Dataset):
         start = index * self.length
         tokens = torch.from_numpy(self.stream[start : start + self.length + 1].astype(np.int64))
         return {"tokens": tokens, "bytes": self.bytes_per_token[tokens[1:]].sum()}
+
+
+class Whole(Dataset):
+    """Windows over all of a stream: the last one filled up with separators, `targets` says how many are real."""
+
+    def __init__(self, stream: np.ndarray, length: int, separator: int) -> None:
+        self.stream = stream
+        self.length = length
+        self.separator = separator
+
+    def __len__(self) -> int:
+        return -(-(len(self.stream) - 1) // self.length)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = index * self.length
+        tokens = self.stream[start : start + self.length + 1].astype(np.int64)
+        filled = np.pad(tokens, (0, self.length + 1 - len(tokens)), constant_values=self.separator)
+        return {"tokens": torch.from_numpy(filled), "targets": torch.tensor(len(tokens) - 1)}
 
 
 class Padded(Dataset):

@@ -1,6 +1,7 @@
-"""`tenfold fit|validate|test|predict M`: LightningCLI for a method, with run folders that can be resumed."""
+"""`tenfold fit|validate|predict M`: LightningCLI for a method, with run folders that can be resumed."""
 
 import inspect
+import json
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from jsonargparse.typing import NonNegativeInt
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -32,6 +34,8 @@ from ..methods import Method, configs
 from .callbacks import LastCheckpoint, NonFiniteGuard, RandomState, StepCount
 from .checkpoint import AtomicCheckpointIO, load_checkpoint
 from .metrics import RunLogger
+from .options import print_options
+from .progress import StepBar, StepLines
 from .record import CONFIG, TOKENIZER, RunRecord
 from .resume import CurrentSettings, check_options, differences, read
 from .runs import RunOptions
@@ -41,7 +45,12 @@ _USAGE = """tenfold {verb} {method} [OPTION ...]
   --config NAME|FILE   a shipped config ({configs}) or a YAML file; of several, the later wins
   --resume [RUN]       go on with an interrupted run: its folder, or by default the latest
   --ckpt_path FILE     begin with, or evaluate, a checkpoint; `last` is the latest run's
-  --model.OPTION, --data.OPTION, --trainer.OPTION, as below or in the docstring of the config's classes"""
+  --trainer.logger NAME beside metrics.csv: TensorBoardLogger or WandbLogger, in the run's folder; false for none
+  --model.OPTION, --data.OPTION, --trainer.OPTION, as below"""
+
+
+def _usage(method: Method, verb: str) -> str:
+    return _USAGE.format(verb=verb, method=method.name, configs=", ".join(configs(method)) or "none")
 
 
 def run_method(method: Method, verb: str, arguments: list[str]) -> int:
@@ -55,6 +64,9 @@ def run_method(method: Method, verb: str, arguments: list[str]) -> int:
     if options.checkpoint and not options.checkpoint.is_dir():  # a folder is a sharded one
         load_checkpoint(options.checkpoint)  # so that a damaged one is found before anything starts
     _calm_down()
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        print_options(method, options.rest, _usage(method, verb))
+        return 0
     cli = _MethodCLI(method, verb, options)
     return cli.fit() if verb == "fit" else cli.evaluate(verb)
 
@@ -65,7 +77,6 @@ class _MethodCLI(LightningCLI):
     def __init__(self, method: Method, verb: str, options: RunOptions) -> None:
         self.method, self.options, self.keeps = method, options, verb == "fit"
         self.last = LastCheckpoint(options.folder / "checkpoints")
-        names = ", ".join(configs(method)) or "none"
         with self._user_errors():
             super().__init__(
                 method.module,
@@ -86,7 +97,7 @@ class _MethodCLI(LightningCLI):
                 run=False,
                 parser_kwargs={
                     "prog": f"tenfold {verb} {method.name}",
-                    "usage": _USAGE.format(verb=verb, method=method.name, configs=names),
+                    "usage": _usage(method, verb),
                     "description": None,
                     "exit_on_error": False,
                     "allow_abbrev": False,
@@ -122,16 +133,21 @@ class _MethodCLI(LightningCLI):
             "default_root_dir": str(self.options.folder),
             "logger": given.logger,
         }
-        if not sys.stderr.isatty():
+        terminal, callbacks = sys.stderr.isatty(), []
+        if not terminal:
             ours["enable_progress_bar"] = False
-        bar = ours.get("enable_progress_bar", given.enable_progress_bar) is not False
-        callbacks = [RichProgressBar(refresh_rate=5, console_kwargs={"stderr": True})] if bar else []
+        if given.enable_progress_bar is not False:
+            kind = StepBar if terminal else StepLines
+            evaluation = [RichProgressBar(console_kwargs={"stderr": True})] if terminal else []
+            callbacks = [kind()] if self.keeps else evaluation
         self.keeps &= not given.fast_dev_run
         if not self.keeps:
             ours["logger"] = given.logger or False
             ours["enable_checkpointing"] = False
-        elif given.logger in (None, True):
-            ours["logger"] = RunLogger(self.options.folder)
+        elif given.logger is not False:
+            others = given.logger if isinstance(given.logger, list) else [given.logger]
+            mine = [logger for logger in others if isinstance(logger, Logger) and not isinstance(logger, RunLogger)]
+            ours["logger"] = [RunLogger(self.options.folder), *mine]
         if self.keeps:
             callbacks += [StepCount(), CurrentSettings(), NonFiniteGuard(), RandomState(), self.last]
             if ours["logger"]:
@@ -171,6 +187,16 @@ class _MethodCLI(LightningCLI):
                 with suppress(OSError):  # another run has come into one
                     for path in new[1:]:
                         path.rmdir()
+        if self.options.checkpoint and not self.last.began:
+            limits = [
+                f"trainer.{n} {v}"
+                for n in ("max_steps", "max_epochs")
+                if (v := getattr(self.trainer, n)) not in (None, -1)
+            ]
+            _say(
+                f"step {self.trainer.global_step}: finished already, by {' and '.join(limits)}; with more of them it goes on"
+            )
+            return 0
         values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         _say("  ".join([f"step {self.trainer.global_step}", *(f"{k} {v:.4g}" for k, v in values.items())]))
         return 0
@@ -180,19 +206,29 @@ class _MethodCLI(LightningCLI):
         checkpoint = self.options.checkpoint
         if checkpoint is None:
             raise UserError(f"ckpt_path: {verb} needs a checkpoint; --ckpt_path last is the latest run's")
-        step = f"{'validation' if verb == 'validate' else verb}_step"
-        if not is_overridden(step, self.model):
-            raise UserError(f"{verb}: {type(self.model).__name__} has no {step}; it can be validated")
+        if verb == "predict" and not is_overridden("predict_step", self.model):
+            raise UserError(f"predict: {type(self.model).__name__} has nothing to predict; it can be validated")
+        if verb == "predict" and self.trainer.world_size > 1:
+            raise UserError(f"trainer.devices: predict takes one, got {self.trainer.world_size}")
         with self._user_errors():
             results = getattr(self.trainer, verb)(
                 self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True
             )
         if verb == "predict" and self.trainer.is_global_zero:
-            path = self.options.folder / "predictions.pt"
-            with write_whole(path) as temporary:
-                torch.save(results, temporary)
-            _say(f"predictions: {path}")
+            _say(f"predictions: {self._write(results)}")
         return 0
+
+    def _write(self, results: list[Any]) -> Path:
+        """The predictions, as JSON lines where the data can say what they mean, else as tensors."""
+        lines = getattr(self.datamodule, "predictions", None)
+        path = self.options.folder / ("predictions.jsonl" if lines else "predictions.pt")
+        with write_whole(path) as temporary:
+            if lines is None:
+                torch.save(results, temporary)
+            else:
+                with temporary.open("w", encoding="utf-8") as file:
+                    file.writelines(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines(results))
+        return path
 
     @contextmanager
     def _user_errors(self):
@@ -203,7 +239,7 @@ class _MethodCLI(LightningCLI):
             raise UserError(self._explain(str(error))) from error
         except MisconfigurationException as error:
             raise UserError(self._trainer(str(error))) from error
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
             if self.last.began:
                 raise
             raise UserError(self._trainer(one_line(str(error), self._accepted))) from error

@@ -1,5 +1,6 @@
 """Which configs, checkpoint and folder a run has: the part of the command line that is not LightningCLI's."""
 
+import json
 import os
 import re
 import time
@@ -59,8 +60,32 @@ class RunOptions:
             run = path.parent.parent if path else None
             if verb != "fit" and run and (run / CONFIG).exists():
                 folder, files = run, files or [run / CONFIG]
+        rest = _named_loggers(rest, folder)
         given = [argument for file in files for argument in ("--config", str(file))]
         return cls(folder, path, [*given, *rest], arguments)
+
+
+_LOGGERS = ("CSVLogger", "TensorBoardLogger", "WandbLogger")
+
+
+def _named_loggers(rest: list[str], folder: Path) -> list[str]:
+    """`--trainer.logger NAME` as a logger that writes into the run's folder; metrics.csv is written anyway."""
+    found: list[str] = []
+    left = list(rest)
+    while left:
+        option, equals, value = left.pop(0).partition("=")
+        if option == "--trainer.logger":
+            value = value if equals else (left.pop(0) if left else "")
+            if value in _LOGGERS:
+                arguments = {"save_dir": str(folder), "name": "tensorboard", "version": ""}
+                if value == "WandbLogger":
+                    arguments = {"save_dir": str(folder), "name": folder.name, "project": folder.parent.name}
+                logger = {"class_path": f"lightning.pytorch.loggers.{value}", "init_args": arguments}
+                value = "true" if value == "CSVLogger" else json.dumps(logger)
+            found.append(f"{option}={value}")
+            continue
+        found.append(option + equals + value)
+    return found
 
 
 def _split(arguments: list[str]) -> tuple[list[str], str | None, str | None, list[str]]:
