@@ -1,9 +1,11 @@
 """The `tenfold` command: what it says, what it leaves behind, and how it says no."""
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +149,76 @@ def test_run_folder_holds_all_that_evaluation_needs(capsys):
     assert main(["validate", "toy", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
     assert expected[:6] in capsys.readouterr().out
     assert [f.name for f in Path("runs/toy").iterdir()] == ["mine"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_log_has_a_line_per_validation_and_per_minute(monkeypatch, capsys):
+    assert main([*FIT, "--trainer.val_check_interval", "5"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ") and " of " in line]
+    assert [line.split("  ")[0] for line in lines] == [f"step {n} of 20" for n in (5, 10, 15, 20)]
+    last = metrics("tiny")[-1][2]
+    assert f"val/loss {float(last):.4g}" in lines[-1]
+
+    clock = iter(range(0, 10**6, 13))  # seconds between one look at it and the next
+    monkeypatch.setattr("tenfold.core.training.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert main([*FIT, "--trainer.limit_val_batches", "0"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " of 20" in line]
+    assert [line.split("  ")[0] for line in lines] == [f"step {n} of 20" for n in (5, 10, 15, 20)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("limit", [["--trainer.max_steps", "15", "--trainer.max_epochs", "-1"], []])
+def test_the_bar_counts_steps_and_fits_80_columns(limit, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*FIT, *limit]) == 0
+    out, err = capsys.readouterr()
+    shown = re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", err))
+    assert any(("15/15" if limit else "20/20") in line and "val/loss" in line for line in shown), err
+    assert max(map(len, shown)) <= 80
+    assert " of " not in out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_help_shows_the_configs_own_classes_first(capsys):
+    for arguments in (FIT, ["fit", "toy"]):
+        assert main([*arguments, "--model.lr", "0.5", "--help"]) == 0
+        out = capsys.readouterr().out
+        places = [
+            out.index(name) for name in ("--config", "--model.kind {a,b}", "--data.batch_size", "--trainer.max_steps")
+        ]
+        assert places == sorted(places)
+    assert main(["fit", "toy", "--config", "lm", "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--model.ffn FFN inner width of the feed-forward. (type: int, default: 24)" in out
+    assert not Path("runs").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_loggers_by_name(capsys, monkeypatch):
+    assert main([*FIT, "--trainer.logger", "CSVLogger"]) == 0
+    assert metrics("tiny")
+    assert main([*FIT, "--trainer.logger=false"]) == 0
+    assert not Path("runs/toy/tiny-2/metrics.csv").exists()
+    capsys.readouterr()
+    monkeypatch.setattr("tenfold.core.training.runs.find_spec", lambda name: None)
+    assert main([*FIT, "--trainer.logger", "TensorBoardLogger"]) == 2
+    assert capsys.readouterr().err == "tenfold: trainer.logger: TensorBoardLogger needs pip install tensorboard\n"
+    assert not Path("runs/toy/tiny-3").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_logger_writes_into_the_runs_folder_beside_metrics_csv(monkeypatch):
+    from lightning.pytorch import loggers
+
+    class Other(loggers.CSVLogger):
+        """In TensorBoard's place, which is not installed for the tests."""
+
+    monkeypatch.setattr(loggers, "TensorBoardLogger", Other)
+    monkeypatch.setattr("tenfold.core.training.runs.find_spec", lambda name: True)
+    assert main([*FIT, "--trainer.logger", "TensorBoardLogger"]) == 0
+    assert metrics("tiny")
+    assert list(Path("runs/toy/tiny/tensorboard").rglob("metrics.csv"))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -188,14 +188,9 @@ class _MethodCLI(LightningCLI):
                     for path in new[1:]:
                         path.rmdir()
         if self.options.checkpoint and not self.last.began:
-            limits = [
-                f"trainer.{n} {v}"
-                for n in ("max_steps", "max_epochs")
-                if (v := getattr(self.trainer, n)) not in (None, -1)
-            ]
-            _say(
-                f"step {self.trainer.global_step}: finished already, by {' and '.join(limits)}; with more of them it goes on"
-            )
+            limits = {name: getattr(self.trainer, name) for name in ("max_steps", "max_epochs")}
+            told = " and ".join(f"trainer.{name} {value}" for name, value in limits.items() if value not in (None, -1))
+            _say(f"step {self.trainer.global_step}: finished already, by {told}; with more it goes on")
             return 0
         values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         _say("  ".join([f"step {self.trainer.global_step}", *(f"{k} {v:.4g}" for k, v in values.items())]))
@@ -239,7 +234,7 @@ class _MethodCLI(LightningCLI):
             raise UserError(self._explain(str(error))) from error
         except MisconfigurationException as error:
             raise UserError(self._trainer(str(error))) from error
-        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        except (ValueError, TypeError, OSError) as error:
             if self.last.began:
                 raise
             raise UserError(self._trainer(one_line(str(error), self._accepted))) from error

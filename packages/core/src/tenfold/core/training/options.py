@@ -1,6 +1,7 @@
-"""The options of a config's own classes, with types, text and the config's values: `tenfold fit M --config C --help`."""
+"""The options of a config's own classes, with types, text and the config's values: `tenfold fit M --help`."""
 
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def print_options(method: Method, arguments: list[str], usage: str) -> None:
         arguments: with `--config FILE`s among them.
         usage: what to print before the options.
     """
-    files = [Path(value) for option, value in zip(arguments, arguments[1:], strict=False) if option == "--config"]
+    files = [Path(value) for option, value in pairwise(arguments) if option == "--config"]
     files = files or list(configs(method).values())[:1]
     sections: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
     for file in files:

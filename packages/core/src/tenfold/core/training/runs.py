@@ -5,6 +5,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -65,7 +66,11 @@ class RunOptions:
         return cls(folder, path, [*given, *rest], arguments)
 
 
-_LOGGERS = ("CSVLogger", "TensorBoardLogger", "WandbLogger")
+_LOGGERS = {  # each with the modules of which it needs one
+    "CSVLogger": ("csv",),
+    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
+    "WandbLogger": ("wandb",),
+}
 
 
 def _named_loggers(rest: list[str], folder: Path) -> list[str]:
@@ -77,6 +82,8 @@ def _named_loggers(rest: list[str], folder: Path) -> list[str]:
         if option == "--trainer.logger":
             value = value if equals else (left.pop(0) if left else "")
             if value in _LOGGERS:
+                if not any(map(find_spec, needed := _LOGGERS[value])):
+                    raise UserError(f"trainer.logger: {value} needs pip install {needed[0]}")
                 arguments = {"save_dir": str(folder), "name": "tensorboard", "version": ""}
                 if value == "WandbLogger":
                     arguments = {"save_dir": str(folder), "name": folder.name, "project": folder.parent.name}
