@@ -55,6 +55,13 @@ def test_info(capsys):
     assert "toy_method 0.1" in out
     assert "tenfold fit toy --config tiny" in out
     assert "Say something." in out
+    assert "tiny               A network of 97 weights, in a blink\n" in out
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "tenfold.core", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("tenfold 0.")
 
 
 def test_verb(capsys):
@@ -281,6 +288,8 @@ MISTAKES = {
     "fit toy --config tiny --model.lr nan": ["model.lr: expected float, got 'nan'"],
     "fit toy --config tiny --model.kind c": ["model.kind: expected 'a' or 'b', got 'c'"],
     "fit toy --config tiny --model.dropout 2": ["dropout: must be at most 1, got 2.0"],
+    "fit toy --config tiny --data own.txt": ["--data own.txt: did you mean --data.path own.txt?"],
+    "fit toy --config tiny --data=folder/own.jsonl": ["did you mean --data.path folder/own.jsonl?"],
     "fit toy --config tiny --data.batch_size=x": ["data.batch_size: expected int, got 'x'"],
     "fit toy --config tiny --data.batch_size 41": ["batch_size", "40"],
     "fit toy --config tiny --data.path no/such/file": ["no/such/file"],

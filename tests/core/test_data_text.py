@@ -68,6 +68,30 @@ def test_a_folder_is_searched_in_order_and_titles_come_first(tmp_path):
     assert list(corpus.documents("train")) == ["One\none", "1", "two"]
 
 
+def test_a_text_without_blank_lines_is_cut_into_pieces(tmp_path):
+    lines = "\n".join(f"Line {n} of a log, which has no blank lines at all." for n in range(2000))
+    words = " ".join(f"word{n}" for n in range(20_000))
+    for name, content in (("lines", lines), ("words", words)):
+        file = tmp_path / f"{name}.txt"
+        file.write_text(content)
+        pieces = list(Corpus(file).documents("all"))
+        assert 50 <= len(pieces) <= 200
+        assert max(map(len, pieces)) <= 2 * 2000
+        assert ("\n" if name == "lines" else " ").join(pieces) == content
+        assert all(list(Corpus(file).documents(split)) for split in ("train", "val"))
+    file.write_text("oneline" * 1000)  # nowhere to cut
+    assert list(Corpus(file).documents("all")) == ["oneline" * 1000]
+    file.write_text("a\n  \nb\n\n\nc")
+    assert list(Corpus(file).documents("all")) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("content", ["", "\n\n \n"])
+def test_an_empty_file_is_called_empty(tmp_path, content):
+    (tmp_path / "mine.txt").write_text(content)
+    with pytest.raises(ValueError, match=r"path: .*mine\.txt is empty"):
+        module(tmp_path / "mine.txt")
+
+
 def test_split_follows_the_documents_own_text(tmp_path, path):
     val = set(Corpus(path, val_fraction=0.2).documents("val"))
     train = set(Corpus(path, val_fraction=0.2).documents("train"))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,7 +89,8 @@ def _info(arguments: list[str]) -> None:
     rows = {
         "paper": [method.paper],
         "package": [f"{method.package} {_version(method)}"],
-        "configs": [f"{name:12} tenfold fit {method.name} --config {name}" for name in configs(method)],
+        "configs": [f"{name:18} {_purpose(file)}" for name, file in configs(method).items()],
+        "train": [f"tenfold fit {method.name} --config {name}" for name in list(configs(method))[:1]],
         "claims": [_describe(claims.__name__, claims) for claims in method.claims],
         "verbs": [_describe(name, verb) for name, verb in method.verbs.items()],
     }
@@ -266,6 +268,13 @@ def _version(method: Method) -> str:
         return version(method.package.replace(".", "-").replace("_", "-"))
     except PackageNotFoundError:
         return ""
+
+
+def _purpose(config: Path) -> str:
+    """The first sentence of the comment that a config begins with."""
+    lines = config.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    return comment.partition(". ")[0].rstrip(".")
 
 
 def _describe(name: str, function: Callable[..., Any]) -> str:

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import TextIO
 SEPARATOR = "<|endoftext|>"
 WIKIPEDIA_LEADS = Path(__file__).parent / "wikipedia-leads" / "articles.jsonl.bz2"
 
+_BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _OPEN = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -23,8 +25,9 @@ class Corpus:
     Args:
         path: a `.jsonl` file (a document per line: its string under "text", on a line below the one under
             "title" if there is one), a `.txt` file (documents separated by `<|endoftext|>` if that occurs in
-            the file, else by blank lines), either compressed as `.bz2`, `.gz` or `.xz`; or a folder of such
-            files, searched whole, in the order of their names. None is the Wikipedia leads.
+            the file, else by blank lines; without either, cut into pieces of 200 to 2,000 characters at the ends of
+            lines, or at spaces where lines are longer), either compressed as `.bz2`, `.gz` or `.xz`; or a
+            folder of such files, searched whole, in the order of their names. None is the Wikipedia leads.
         val_fraction: the share of documents kept for validation. Whether a document is one of them depends on
             its text alone, so it stays on its side when others come or go, and copies never lie on both
             sides.
@@ -58,7 +61,7 @@ class Corpus:
         """The documents of `split`, "train", "val" or "all", in the order of the files; empty ones are left out."""
         for file in self.files:
             for document in _read(file):
-                if not document:
+                if not document.strip():
                     continue
                 if split == "all" or (_position(document) < self.val_fraction) == (split == "val"):
                     yield document
@@ -114,5 +117,24 @@ def _read_jsonl(stream: TextIO) -> Iterator[str]:
 
 def _read_txt(stream: TextIO) -> Iterator[str]:
     text = stream.read()
-    for document in text.split(SEPARATOR if SEPARATOR in text else "\n\n"):
+    if SEPARATOR in text:
+        documents = text.split(SEPARATOR)
+    elif len(parts := _BLANK_LINE.split(text.strip("\n"))) > 1:
+        documents = parts
+    else:
+        documents = _pieces(text.strip("\n"))
+    for document in documents:
         yield document.strip("\n")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """About 200 pieces, so that some of them can validate, but neither tiny nor longer than a few paragraphs."""
+    size, start = min(2000, max(200, len(text) // 200)), 0
+    while len(text) - start > size:
+        end = text.find("\n", start + size, start + 2 * size)
+        end = text.find(" ", start + size) if end < 0 else end
+        if end < 0:
+            break
+        yield text[start:end]
+        start = end + 1
+    yield text[start:]

@@ -102,6 +102,8 @@ class TextDataModule(LightningDataModule):
         self.tokenizer, streams = self._load()
         lengths = self.tokenizer.bytes_per_token()
         self.train, self.val = (Windows(stream, self.length, lengths) for stream in streams)
+        if max(map(len, streams)) <= 1:
+            raise ValueError(f"path: {self.corpus.files[0]} is empty, there is no text in it")
         for split, windows in (("train", self.train), ("val", self.val)):
             if len(windows) == 0:
                 raise ValueError(

@@ -66,6 +66,7 @@ class RunOptions:
         return cls(folder, path, [*given, *rest], arguments)
 
 
+_TEXT = (".txt", ".jsonl", ".bz2", ".gz", ".xz")
 _LOGGERS = {  # each with the modules of which it needs one
     "CSVLogger": ("csv",),
     "TensorBoardLogger": ("tensorboard", "tensorboardX"),
@@ -103,6 +104,11 @@ def _split(arguments: list[str]) -> tuple[list[str], str | None, str | None, lis
     left = list(arguments)
     while left:
         option, equals, value = left.pop(0).partition("=")
+        path = value if equals else (left[0] if left else "")
+        if option == "--data" and (
+            Path(path).is_dir() or Path(path).suffix in (".txt", ".jsonl", ".bz2", ".gz", ".xz")
+        ):
+            raise UserError(f"--data {path}: did you mean --data.path {path}?")
         if option not in ("--config", "-c", "--resume", "--ckpt_path"):
             rest.append(option + equals + value)
             continue
