@@ -18,7 +18,7 @@ from rich.text import Text
 from ..files import write_whole
 from .claim import Claim
 from .environment import environment, now
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, required
 from .progress import RunProgress
 from .report import FORMAT, render
 
@@ -228,15 +228,14 @@ def reproduce(
             folder = output / "measurements" / method.name
             run = Run(method.package, folder, budget=budget, seeds=range(seeds), progress=progress)
             sections.append(_measure(method, run, progress))
-    distributions = [m.package.replace(".", "-").replace("_", "-") for m in methods]
+    ours = ["tenfold-kernels", "tenfold-core", *(m.package.replace(".", "-").replace("_", "-") for m in methods)]
+    libraries = sorted(set().union(*(required(m.package) for m in methods)))
     report = {
         "format": FORMAT,
         "budget": budget,
         "seeds": list(range(seeds)),
         "seconds": time.perf_counter() - start,
-        "environment": environment(
-            ["tenfold-kernels", "tenfold-core", *distributions, "torch", "lightning", "transformers", "numpy"]
-        ),
+        "environment": environment([*ours, *libraries]),
         "methods": sections,
     }
     with write_whole(output / "claims.json") as file:
