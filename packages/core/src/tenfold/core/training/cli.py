@@ -61,7 +61,7 @@ class _MethodCLI(LightningCLI):
     def __init__(self, method: Method, verb: str, options: RunOptions) -> None:
         self.method, self.options, self.keeps = method, options, verb == "fit"
         self.last = LastCheckpoint(options.folder / "checkpoints")
-        names = ", ".join(configs(method)) or "none"
+        names = ", ".join(configs(method.package)) or "none"
         with self._user_errors():
             super().__init__(
                 method.module,
@@ -190,7 +190,7 @@ class _MethodCLI(LightningCLI):
             raise UserError(f"checkpoint {self.options.checkpoint}: not this model's: {what}") from error
 
     def _explain(self, message: str) -> str:
-        names = ", ".join(configs(self.method)) or "none shipped"
+        names = ", ".join(configs(self.method.package)) or "none shipped"
         if missing := message.partition("arguments are required: ")[2]:
             return f"config: {missing} not given; --config takes a name ({names}) or a YAML file"
         if "given class_path 'lightning." in message:  # jsonargparse's guess where none is given
