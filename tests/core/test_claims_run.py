@@ -49,17 +49,47 @@ def opaque():
 @pytest.fixture(autouse=True)
 def _forget():
     CALLS.clear()
-    fingerprint._digest.cache_clear()
+    fingerprint.forget()
+
+
+SOURCES = {
+    "__init__.py": "",
+    "train.py": """
+from typing import TYPE_CHECKING
+
+from .parts import NAME
+from .parts.model import WIDTH
+
+if TYPE_CHECKING:
+    from .parts.typing_only import UNUSED
+
+
+def train(steps):
+    '''Train it.'''
+    from toymethod.parts.late import RATE
+
+    return {'loss': 1 / steps, 'width': WIDTH, 'rate': RATE, 'name': NAME}
+""",
+    "claims.py": "def here():\n    return {'x': 1}\n",
+    "parts/__init__.py": "from .other import UNUSED\nfrom .passed import NAME\n",
+    "parts/model.py": "WIDTH = 8\n",
+    "parts/late.py": "RATE = 0.5\n",
+    "parts/passed.py": "NAME = 1\n",
+    "parts/other.py": "UNUSED = 1\n",
+    "parts/typing_only.py": "UNUSED = 1\n",
+    "parts/weights.bin": "1",
+    "parts/README.md": "words",
+    "configs/tiny.yaml": "lr: 0.5\n",
+}
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A method's package whose sources a test may edit."""
     folder = tmp_path / "src" / "toymethod"
-    folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text("")
-    (folder / "train.py").write_text("def train(steps):\n    return {'loss': 1 / steps}\n")
-    (folder / "claims.py").write_text("def here():\n    return {'x': 1}\n")
+    for file, text in SOURCES.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text)
     monkeypatch.syspath_prepend(folder.parent)
     importlib.invalidate_caches()
     yield folder
@@ -69,6 +99,14 @@ def package(tmp_path, monkeypatch):
 
 def run_in(folder, package="toymethod"):
     return Run(package, folder / "measurements")
+
+
+def remeasured(folder, fn, **settings):
+    """Whether `fn` is run again, once its files have been read anew."""
+    fingerprint.forget()
+    run = run_in(folder)
+    run.measure("k", fn, **settings)
+    return not run.log[0]["stored"]
 
 
 def test_a_second_run_does_no_work(tmp_path, package):
@@ -102,42 +140,94 @@ def test_two_functions_under_one_key_are_not_confused(tmp_path, package):
 @pytest.mark.parametrize(
     ("file", "text", "measured_again"),
     [
-        ("train.py", "def train(steps):\n    return {'loss': 2 / steps}\n", True),
-        ("train.py", "def train(steps):  # a comment\n\n    return {'loss':1/steps}\n", False),
-        ("new.py", "X = 1\n", True),
+        ("train.py", SOURCES["train.py"].replace("1 / steps", "2 / steps"), True),
+        ("train.py", SOURCES["train.py"].replace("1 / steps, ", "1/steps,  # a comment\n"), False),
+        ("train.py", SOURCES["train.py"].replace("Train it.", "Other words."), False),
+        ("train.py", SOURCES["train.py"].replace("from .parts", "import json\n\nfrom .parts"), True),
+        ("parts/model.py", "WIDTH = 9\n", True),
+        ("parts/model.py", '"""Words."""\n\nWIDTH = 8\n', False),
+        ("parts/late.py", "RATE = 9\n", True),  # imported in a function
+        ("parts/weights.bin", "other", True),
+        ("parts/README.md", "other", False),
+        ("parts/passed.py", "NAME = 9\n", True),
+        ("parts/other.py", "UNUSED = 9\n", False),  # passed on by the same __init__, and not imported from it
+        ("parts/typing_only.py", "UNUSED = 9\n", False),
+        ("new.py", "X = 1\n", False),
         ("configs/tiny.yaml", "lr: 1\n", True),
+        ("configs/tiny.yaml", "# words\nlr:  0.5\n", False),
         ("claims.py", "def here():\n    return {'x': 2}\n", False),
         ("__pycache__/x.pyc", "", False),
+        ("data/__pycache__/x.pyc", "", False),
     ],
 )
 def test_changed_code_is_measured_again(tmp_path, package, file, text, measured_again):
     from toymethod.train import train
 
     run_in(tmp_path).measure("k", train, steps=4)
-    (package / file).parent.mkdir(exist_ok=True)
+    (package / file).parent.mkdir(exist_ok=True, parents=True)
     (package / file).write_text(text)
-    fingerprint._digest.cache_clear()
-    run = run_in(tmp_path)
-    run.measure("k", train, steps=4)
-    assert run.log[0]["stored"] is not measured_again
+    assert remeasured(tmp_path, train, steps=4) is measured_again
 
 
-def test_a_function_in_claims_py_depends_on_claims_py(tmp_path, package):
+def test_a_function_depends_on_the_file_it_is_in(tmp_path, package):
     from toymethod.claims import here
 
     run_in(tmp_path).measure("k", here)
     (package / "claims.py").write_text("def here():\n    return {'x': 2}\n")
-    fingerprint._digest.cache_clear()
-    run = run_in(tmp_path)
-    run.measure("k", here)
-    assert run.log[0]["stored"] is False
+    assert remeasured(tmp_path, here) is True
 
 
-def test_another_torch_is_measured_again(tmp_path, package, monkeypatch):
+def test_moved_files_are_not_measured_again(tmp_path, package, monkeypatch):
+    from toymethod.train import train
+
+    run_in(tmp_path).measure("k", train, steps=4)
+    (package / "layers").mkdir()
+    (package / "layers" / "__init__.py").write_text("")
+    (package / "parts" / "model.py").rename(package / "layers" / "shape.py")
+    (package / "train.py").write_text(SOURCES["train.py"].replace(".parts.model", ".layers.shape"))
+    assert remeasured(tmp_path, train, steps=4) is False
+    (package / "layers" / "shape.py").write_text("WIDTH = 9\n")
+    assert remeasured(tmp_path, train, steps=4) is True
+
+
+def test_two_files_that_import_each_other_do_not_hang(tmp_path, package):
+    from toymethod.train import train
+
+    (package / "parts" / "model.py").write_text("from ..train import train\n\nWIDTH = 8\n")
+    fingerprint.forget()
+    run_in(tmp_path).measure("k", train, steps=4)
+    assert remeasured(tmp_path, train, steps=4) is False
+
+
+def test_what_counts_of_the_real_methods(monkeypatch):
+    """Cog's language models stand on Cog's kernel and on core's training, on no routing and no report."""
+    read = []
+    original = fingerprint._Module.read
+    monkeypatch.setattr(fingerprint._Module, "read", lambda name, file: read.append(name) or original(name, file))
+    cog = importlib.import_module("tenfold.cog_attention.cogformer")
+    fingerprint._closure(cog.__name__, cog.__file__, "tenfold.cog_attention")
+    digested = {name for name in read if fingerprint._find(name).file.name != "__init__.py"}
+    assert {"tenfold.cog_attention.transformers", "tenfold.core.lm", "tenfold.core.training.sharding"} <= digested
+    assert {"tenfold.kernels.cog.triton", "tenfold.kernels.logprob.reference"} <= digested
+    assert not {name for name in digested if name.startswith(("tenfold.core.claims", "tenfold.kernels.moe"))}
+
+
+def test_the_versions_that_count_are_those_the_distribution_requires():
+    """torchvision, say, once a method requires it: nothing lists it a second time."""
+    assert {"torch", "transformers", "lightning", "numpy"} <= fingerprint.required("tenfold.cog_attention")
+    assert "triton" in fingerprint.required("tenfold.cog_attention")  # by way of the kernels
+    assert not any(name.startswith("tenfold") for name in fingerprint.required("tenfold.cog_attention"))
+    for package in ("no_such_package", "tenfold.core"):
+        assert "transformers" in fingerprint.required(package)  # an extra of core's
+
+
+def test_another_version_or_device_is_measured_again(tmp_path, package, monkeypatch):
     run_in(tmp_path).measure("k", double)
-    monkeypatch.setattr(torch, "__version__", "0.0")
+    monkeypatch.setattr(fingerprint, "versions", lambda names: {"torch": "0.0"})
     run_in(tmp_path).measure("k", double)
-    assert len(CALLS) == 2
+    monkeypatch.setattr(fingerprint, "device", lambda: "a faster one")
+    run_in(tmp_path).measure("k", double)
+    assert len(CALLS) == 3
 
 
 def test_a_function_whose_inputs_cannot_be_seen_is_refused(tmp_path, package):

@@ -12,8 +12,8 @@ import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from tenfold.core.claims import ReproduceError
 from tenfold.core.cli import main
+from tenfold.core.reproduce import ReproduceError
 from tenfold.core.training import load_checkpoint
 
 TOY = Path(__file__).parent / "toy"
@@ -359,7 +359,7 @@ def test_reproduce(monkeypatch, capsys):
         if outcome := outcomes[expected]:
             raise outcome
 
-    monkeypatch.setattr("tenfold.core.claims.reproduce", reproduce)
+    monkeypatch.setattr("tenfold.core.reproduce.reproduce", reproduce)
     for expected in outcomes:
         assert main(["reproduce", "toy", "--quick", "--seeds", "4", "--output", "there"]) == expected
         assert capsys.readouterr().err.count("\n") == (expected in (1, 2))

@@ -9,8 +9,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from tenfold.core.claims import Claim, ReproduceError, above, below, figures, render, reproduce, within
+from tenfold.core.claims import Claim, above, below, figures, render, within
 from tenfold.core.claims.report import strip
+from tenfold.core.reproduce import ReproduceError, reproduce
 
 HOSTILE = "<script>alert('&')</script>"
 VOID = {"meta", "br", "hr", "img", "input", "link"}

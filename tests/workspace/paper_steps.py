@@ -51,7 +51,7 @@ def strategy(settings: str | dict) -> str | ModelParallelStrategy:
 
 def main(text: str) -> None:
     for point in sorted(entry_points(group="tenfold.methods"), key=lambda point: point.name):
-        for name, path in configs(point.load()).items():
+        for name, path in configs(point.load().package).items():
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
             if not name.startswith("paper") or "vocab_size" not in settings["model"]["init_args"]:
                 continue

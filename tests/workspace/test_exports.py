@@ -29,7 +29,7 @@ def small_configs():
     found = []
     for name in methods.installed():
         method = methods.load(name)
-        found += [(method, file) for stem, file in methods.configs(method).items() if "tiny" in stem]
+        found += [(method, file) for stem, file in methods.configs(method.package).items() if "tiny" in stem]
     return found
 
 

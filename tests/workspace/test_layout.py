@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -108,6 +109,76 @@ def test_every_import_is_a_declared_dependency(member):
     siblings = {".".join(module.split(".")[:2]) for module, _ in member.imports() if module.startswith("tenfold.")}
     undeclared |= {sibling for sibling in siblings if sibling.replace(".", "-").replace("_", "-") not in declared}
     assert not undeclared
+
+
+def _absolute(node: ast.ImportFrom, module: str, file: Path) -> str:
+    """What a `from ... import` imports from."""
+    parts = module.split(".")
+    here = parts[: len(parts) - node.level + (file.name == "__init__.py")] if node.level else []
+    return ".".join([*here, *([node.module] if node.module else [])])
+
+
+def import_graph(folder: Path, top: str) -> dict[str, set[str]]:
+    """Which of a package's modules each of them imports: at its top, in functions, and for type checkers."""
+    files = {}
+    for file in folder.rglob("*.py"):
+        parts = file.relative_to(folder).with_suffix("").parts
+        files[".".join([top, *(parts[:-1] if parts[-1] == "__init__" else parts)])] = file
+    graph = {}
+    for module, file in files.items():
+        named = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = _absolute(node, module, file)
+                inside = {f"{base}.{alias.name}" for alias in node.names}
+                named |= {name if name in files else base for name in inside}
+        graph[module] = named & files.keys() - {module}
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules of which each imports the next, and the last the first; empty where there are none."""
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+@each_member
+def test_no_two_files_import_each_other_in_a_circle(member):
+    assert circle(import_graph(member.source, member.module)) == []
+
+
+@pytest.mark.parametrize(
+    "b",
+    [
+        "from . import a",
+        "def f():\n    from .a import x",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pack.sub.a import x",
+        "import pack.sub.a",
+        "from .. import top",
+    ],
+)
+def test_a_circle_is_found(tmp_path, b):
+    (tmp_path / "sub").mkdir()
+    for name, text in {"sub/a.py": "from . import b", "sub/b.py": b, "top.py": "from .sub import a"}.items():
+        (tmp_path / name).write_text(text)
+    assert len(circle(import_graph(tmp_path, "pack"))) > 2
+
+
+@each_member
+def test_only_the_method_imports_its_reproduction(member):
+    """What the claims are measured with is no part of what users import."""
+    inside = f"{member.module}.reproduction"
+    importers = {
+        module
+        for module, imported in import_graph(member.source, member.module).items()
+        if any(name == inside or name.startswith(f"{inside}.") for name in imported)
+    }
+    assert {name for name in importers if not name.startswith(inside)} <= {f"{member.module}.method"}
 
 
 def test_kernels_import_torch_and_triton_alone():

@@ -90,9 +90,15 @@ def forward(
             BLOCK_N=keys,
             num_warps=warps,
             num_stages=stages,
+            enable_fp_fusion=True,
         )
         _merge_kernel[(B * M, triton.cdiv(Dc, 128))](
-            *(sums, peak, total, out, B, H, Tq, splits), D=Dc, BLOCK_S=32, BLOCK_D=128, num_warps=4
+            *(sums, peak, total, out, B, H, Tq, splits),
+            D=Dc,
+            BLOCK_S=32,
+            BLOCK_D=128,
+            num_warps=4,
+            enable_fp_fusion=True,
         )
     return out.to(query_latent.dtype)
 
@@ -100,22 +106,20 @@ def forward(
 def tiles(dtype: torch.dtype, rows: int, architecture: str, latent: tuple) -> tuple[int, int, int, int]:
     """Query rows and keys of a tile, warps of a program, and stages of its pipeline of loads.
 
-    The largest tried that spill no register at 512 + 64 columns, in 4 and 8 bits (tests/kernels/test_latent_aot.py),
-    for latents of that layout: offsets take registers of their own.
+    The largest tried for which Triton 3.8 and 3.9 spill no register at 512 + 64 columns, in 4 and 8 bits, for latents
+    of that layout (tests/kernels/test_latent_aot.py): offsets take registers of their own.
     """
     warps = 4 if architecture.startswith("gfx") else 8
     if architecture == "interpreter":  # which takes its time by the operation, however large
         return (16 if rows <= 16 else 64, 64, 4, 1)
     if dtype == torch.float32:
         return (16, 16, warps, 1)
-    _, bits, group, _, _, code = latent
+    code = latent[-1]
     if code == "asymmetric":
         return (16, 16, warps, 2)
-    unscaled = bits > 0 and group == 0
-    wide = ("sm_80", "sm_90", "gfx942") if unscaled else ("sm_80", "sm_90", "sm_100", "sm_103", "gfx942")
-    if rows <= 16 or architecture not in wide:
+    if rows <= 16 or architecture not in ("sm_80", "sm_90", "gfx942"):
         return (16, 32, warps, 2)
-    return (32, 32, warps, 2)
+    return (32, 16 if architecture == "sm_90" else 32, warps, 2)
 
 
 def _precision() -> str:

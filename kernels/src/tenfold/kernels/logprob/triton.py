@@ -56,9 +56,13 @@ def forward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
             BLOCK_K=depth,
             num_warps=warps,
             num_stages=stages,
+            enable_fp_fusion=True,
         )
         _merge_kernel[(triton.cdiv(N, 128),)](
-            *(peak, total, picked, target, logp, N, V, ignore_index, shares), BLOCK=128, num_warps=4
+            *(peak, total, picked, target, logp, N, V, ignore_index, shares),
+            BLOCK=128,
+            num_warps=4,
+            enable_fp_fusion=True,
         )
     return logp
 
@@ -95,6 +99,7 @@ def backward(
                 BIAS=bias is not None,
                 BLOCK=LANES,
                 num_warps=8,
+                enable_fp_fusion=True,
             )
         if needed[0]:
             torch.mm(dscores, weight, out=dhidden[block])

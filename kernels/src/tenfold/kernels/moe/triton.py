@@ -143,6 +143,7 @@ def _multiply_groups(
                 BLOCK_K=depth,
                 num_warps=warps,
                 num_stages=stages,
+                enable_fp_fusion=True,
             )
     return out
 
@@ -166,6 +167,7 @@ def _over_rows(x: Tensor, grad: Tensor, offsets: Tensor, weight: Tensor) -> Tens
             BLOCK_M=depth,
             num_warps=warps,
             num_stages=stages,
+            enable_fp_fusion=True,
         )
     return result.to(weight.dtype)
 
@@ -188,10 +190,10 @@ def _gather(y: Tensor, weight: Tensor | None, row: Tensor, dropped: Tensor | Non
     return out.to(y.dtype)
 
 
-def _vector(x: Tensor) -> dict[str, int]:
+def _vector(x: Tensor) -> dict[str, int | bool]:
     """How a program passes over a row: 16 bytes a thread at a time."""
     block = min(1024 if x.dtype == torch.float32 else 2048, max(128, triton.next_power_of_2(x.shape[1])))
-    return {"BLOCK": block, "num_warps": 4 if block > 512 else 2}
+    return {"BLOCK": block, "num_warps": 4 if block > 512 else 2, "enable_fp_fusion": True}
 
 
 def _precision() -> str:

@@ -123,7 +123,7 @@ def tiles(M: int, kind: torch.dtype, block: int, architecture: str) -> tuple[int
     """Rows and columns of a tile of the product, its depth, warps and stages.
 
     `block` is that of an operand that is quantized as it is loaded, which wants the tile's depth, or 0: a power of
-    two. Each is the largest tried for which the compiler spills no register (tests/kernels/test_quant_aot.py).
+    two. Each is the largest tried for which Triton 3.8 and 3.9 spill no register (tests/kernels/test_quant_aot.py).
     """
     rows = min(128, max(16, triton.next_power_of_2(M)))
     if kind == torch.float32 and architecture != "interpreter":
@@ -132,7 +132,9 @@ def tiles(M: int, kind: torch.dtype, block: int, architecture: str) -> tuple[int
     if block > 64:
         rows = min(rows, 64)
     stages = 2 if depth * kind.itemsize > 128 or architecture.startswith("gfx") else 3
-    return rows, 64 if rows < 64 else 128, depth, 4 if rows < 64 else 8, stages
+    # 128 × 128 sums and their scales fill the registers of Hopper and Blackwell.
+    narrow = rows < 64 or (rows == 128 and architecture in ("sm_90", "sm_100", "sm_103"))
+    return rows, 64 if narrow else 128, depth, 4 if rows < 64 else 8, stages
 
 
 def _operand(x, format, scale, block_size, rounding, scale_rounding, kind, tile_k, before):

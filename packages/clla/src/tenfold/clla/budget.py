@@ -123,7 +123,6 @@ def load_config(name: str) -> CLLAConfig:
     Raises:
         UserError: there is none, or it is not one.
     """
-    from .method import METHOD
     from .module import CLLAModule
 
     path = Path(name)
@@ -135,7 +134,7 @@ def load_config(name: str) -> CLLAConfig:
             return CLLAConfig.from_pretrained(path)
         except (ValueError, OSError, StrictDataclassError) as error:
             raise UserError(f"config {name}: {' '.join(str(error).split())}") from error
-    shipped = configs(METHOD)
+    shipped = configs("tenfold.clla")
     if name not in shipped and not path.is_file():
         raise UserError(f"config: {unknown('name', name, shipped)} (or a YAML file, or a folder with a config.json)")
     try:

@@ -89,8 +89,8 @@ def _info(arguments: list[str]) -> None:
     rows = {
         "paper": [method.paper],
         "package": [f"{method.package} {_version(method)}"],
-        "configs": [f"{name:18} {_purpose(file)}" for name, file in configs(method).items()],
-        "train": [f"tenfold fit {method.name} --config {name}" for name in list(configs(method))[:1]],
+        "configs": [f"{name:18} {_purpose(file)}" for name, file in configs(method.package).items()],
+        "train": [f"tenfold fit {method.name} --config {name}" for name in list(configs(method.package))[:1]],
         "claims": [_describe(claims.__name__, claims) for claims in method.claims],
         "verbs": [_describe(name, verb) for name, verb in method.verbs.items()],
     }
@@ -125,7 +125,7 @@ def _reproduce(arguments: list[str]) -> None:
     methods = [load(name) for name in dict.fromkeys(given.methods or installed())]
     if not methods:
         raise UserError("no method is installed; try: pip install tenfold-cog-attention")
-    from .claims import reproduce
+    from .reproduce import reproduce
 
     budget_name = "quick" if given.quick else "full" if given.full else "default"
     _as_user_error(reproduce, methods, budget=budget_name, seeds=given.seeds, output=given.output)

@@ -74,9 +74,9 @@ def load(name: str) -> Method:
         raise UserError(f"{name}: {points[name].value} cannot be imported: {error}") from error
 
 
-def configs(method: Method) -> dict[str, Path]:
+def configs(package: str) -> dict[str, Path]:
     """The YAML configs that a method's package ships, by name, the quickest (`tiny`) first."""
-    spec = find_spec(method.package)
+    spec = find_spec(package)
     folders = spec.submodule_search_locations if spec else ()
     files = [file for folder in folders for file in Path(folder, "configs").glob("*.yaml")]
     return {file.stem: file for file in sorted(files, key=lambda file: (file.stem != "tiny", file.stem))}

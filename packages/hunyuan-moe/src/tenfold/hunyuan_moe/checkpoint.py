@@ -4,20 +4,17 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from .config import HunyuanLargeConfig
 from .rope import rope_base
-
-if TYPE_CHECKING:
-    from .config import HunyuanLargeConfig
-    from .model import HunyuanLargeForCausalLM
 
 Shape = tuple[int, ...]
 KINDS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # stacked, and as released
@@ -46,12 +43,8 @@ def register_layout() -> None:
     )
 
 
-def released_shapes(config: "HunyuanLargeConfig") -> dict[str, Shape]:
-    """Every tensor of a released checkpoint, by name, with its shape."""
-    from .model import HunyuanLargeForCausalLM
-
-    with torch.device("meta"):
-        model = HunyuanLargeForCausalLM(config)
+def released_shapes(model: PreTrainedModel) -> dict[str, Shape]:
+    """Every tensor of the model's released checkpoint, by name, with its shape."""
     shapes: dict[str, Shape] = {}
     for name, parameter in model.named_parameters():  # a tied head is not among them
         prefix, _, last = name.rpartition(".experts.")
@@ -66,8 +59,8 @@ def released_shapes(config: "HunyuanLargeConfig") -> dict[str, Shape]:
     return shapes
 
 
-def check_folder(folder: Path, config: "HunyuanLargeConfig") -> None:
-    """Compare the headers of a checkpoint's files with the model, before anything of any size is read.
+def check_folder(folder: Path, shapes: Mapping[str, Shape], *, tied: bool) -> None:
+    """Compare the headers of a checkpoint's files with a model's shapes, before anything of any size is read.
 
     A folder without safetensors files is left to transformers to complain about.
 
@@ -81,15 +74,14 @@ def check_folder(folder: Path, config: "HunyuanLargeConfig") -> None:
     found: dict[str, Shape] = {}
     for file in files:
         found |= dict(_headers(file))
-    expected = released_shapes(config)
-    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    additional = [n for n in found.keys() - expected.keys() - ignored if not n.endswith("rotary_emb.inv_freq")]
+    ignored = {"lm_head.weight"} if tied else set()
+    additional = [n for n in found.keys() - shapes.keys() - ignored if not n.endswith("rotary_emb.inv_freq")]
     wrong = {
         f"{name} is {_text(found[name])}, not {_text(shape)}": name
-        for name, shape in expected.items()
+        for name, shape in shapes.items()
         if name in found and found[name] != shape
     }
-    problems = {"missing": expected.keys() - found.keys(), "not the model's": additional, "misshapen": wrong}
+    problems = {"missing": shapes.keys() - found.keys(), "not the model's": additional, "misshapen": wrong}
     if any(problems.values()):
         told = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"{folder}: the tensors are not those of the config: {told}")
@@ -98,7 +90,7 @@ def check_folder(folder: Path, config: "HunyuanLargeConfig") -> None:
 
 
 @torch.no_grad()
-def read_weights(model: "HunyuanLargeForCausalLM", folder: Path) -> None:
+def read_weights(model: PreTrainedModel, folder: Path) -> None:
     """Fill a model from a folder in the released layout; of a sharded one (DTensors), each process reads its share.
 
     Raises:
@@ -107,7 +99,7 @@ def read_weights(model: "HunyuanLargeForCausalLM", folder: Path) -> None:
     if not _files(folder):
         raise ValueError(f"{folder}: there is no model.safetensors, nor an index of several")
     _check_meaning(model.config, type(model.config).from_pretrained(folder), folder)
-    check_folder(folder, model.config)
+    check_folder(folder, released_shapes(model), tied=model.config.tie_word_embeddings)
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in _files(folder)]
         tensors = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -145,7 +137,7 @@ def _share(parameter: Tensor) -> tuple[Tensor, list[int]]:
     return parameter.to_local(), offset
 
 
-def _check_meaning(ours: "HunyuanLargeConfig", theirs: "HunyuanLargeConfig", folder: Path) -> None:
+def _check_meaning(ours: HunyuanLargeConfig, theirs: HunyuanLargeConfig, folder: Path) -> None:
     """Refuse weights of equal shapes that mean something else."""
     names = "num_attention_heads", "num_key_value_heads", "moe_topk", "use_qk_norm", "rms_norm_eps"
     for name in (*names, "tie_word_embeddings"):

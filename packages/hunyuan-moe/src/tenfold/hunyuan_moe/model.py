@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from tenfold.core.lm import CACHE
 
 from .attention import HunyuanLargeAttention
-from .checkpoint import check_folder, register_layout
+from .checkpoint import check_folder, register_layout, released_shapes
 from .config import HunyuanLargeConfig
 from .moe import Experts, MoELayer, RecycleRouter
 
@@ -213,7 +213,9 @@ class HunyuanLargeForCausalLM(HunyuanLargePreTrainedModel, GenerationMixin):
             if not isinstance(checked, HunyuanLargeConfig):  # transformers, too, changes what the folder says
                 changes = {name: value for name, value in kwargs.items() if hasattr(HunyuanLargeConfig, name)}
                 checked = HunyuanLargeConfig.from_pretrained(config or folder, **changes)
-            check_folder(folder, checked)
+            with torch.device("meta"):
+                shapes = released_shapes(HunyuanLargeForCausalLM(checked))
+            check_folder(folder, shapes, tied=checked.tie_word_embeddings)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     @can_return_tuple

@@ -1,8 +1,9 @@
 """Claims: sentences of a paper turned into measurements, with seeds, intervals, verdicts and a report."""
 
-from .claim import Claim, Criterion, Interval, above, below, t_interval, within
+from .claim import Claim, Criterion, above, below, within
+from .interval import Interval, t_interval
 from .report import render
-from .run import SEEDS, TUNING_SEED, Budget, ReproduceError, Run, reproduce
+from .run import SEEDS, TUNING_SEED, Budget, Run
 
 __all__ = [
     "SEEDS",
@@ -11,12 +12,10 @@ __all__ = [
     "Claim",
     "Criterion",
     "Interval",
-    "ReproduceError",
     "Run",
     "above",
     "below",
     "render",
-    "reproduce",
     "t_interval",
     "within",
 ]

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from .claim import Interval, t_interval
+from .interval import Interval, t_interval
 
 # Dark enough for text on white, and apart for colour-blind readers; markers and dashes differ as well.
 SERIES = {

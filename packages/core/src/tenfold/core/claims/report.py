@@ -9,7 +9,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..files import write_whole
-from .claim import Claim, format_number
+from .claim import Claim
+from .interval import format_number
 from .progress import duration
 
 FORMAT = 1  # of claims.json; a change that old pages cannot be rebuilt from counts it up

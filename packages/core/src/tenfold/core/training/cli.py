@@ -50,7 +50,7 @@ _USAGE = """tenfold {verb} {method} [OPTION ...]
 
 
 def _usage(method: Method, verb: str) -> str:
-    return _USAGE.format(verb=verb, method=method.name, configs=", ".join(configs(method)) or "none")
+    return _USAGE.format(verb=verb, method=method.name, configs=", ".join(configs(method.package)) or "none")
 
 
 def run_method(method: Method, verb: str, arguments: list[str]) -> int:
@@ -248,7 +248,7 @@ class _MethodCLI(LightningCLI):
             raise UserError(f"checkpoint {self.options.checkpoint}: not this model's: {what}") from error
 
     def _explain(self, message: str) -> str:
-        names = ", ".join(configs(self.method)) or "none shipped"
+        names = ", ".join(configs(self.method.package)) or "none shipped"
         if missing := message.partition("arguments are required: ")[2]:
             return f"config: {missing} not given; --config takes a name ({names}) or a YAML file"
         if "given class_path 'lightning." in message:  # jsonargparse's guess where none is given

@@ -22,7 +22,7 @@ def print_options(method: Method, arguments: list[str], usage: str) -> None:
         usage: what to print before the options.
     """
     files = [Path(value) for option, value in pairwise(arguments) if option == "--config"]
-    files = files or list(configs(method).values())[:1]
+    files = files or list(configs(method.package).values())[:1]
     sections: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
     for file in files:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -126,7 +126,7 @@ def _split(arguments: list[str]) -> tuple[list[str], str | None, str | None, lis
 
 
 def _config(method: Method, name: str) -> Path:
-    shipped = configs(method)
+    shipped = configs(method.package)
     if name in shipped:
         return shipped[name]
     path = Path(name)
