@@ -200,6 +200,14 @@ def test_a_refused_resume_changes_nothing(trained, capsys, option, words):
     assert words in refused(capsys, "fit", "toy", "--config", "lm", "--ckpt_path", str(LAST), *option)
 
 
+def test_a_checkpoint_without_its_run_knows_its_model(trained, capsys):
+    Path("alone").mkdir()
+    shutil.copy(LAST, "alone/last.ckpt")
+    begin = ["fit", "toy", "--config", "lm", "--trainer.max_steps", "24", "--ckpt_path", "alone/last.ckpt"]
+    assert "model.heads: 4, the run has 2" in refused(capsys, *begin, "--model.heads", "4")  # of the same shapes
+    assert main([*begin, "--model.lr", "0.02"]) == 0
+
+
 def test_a_checkpoint_of_other_sizes_is_refused_by_its_options(trained, capsys):
     err = refused(capsys, "validate", "toy", "--ckpt_path", str(RUN), "--model.dim", "32")
     assert "model.dim: 32, the run has 16" in err

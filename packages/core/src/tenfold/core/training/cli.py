@@ -36,8 +36,8 @@ from .checkpoint import AtomicCheckpointIO, load_checkpoint
 from .metrics import RunLogger
 from .options import print_options
 from .progress import StepBar, StepLines
-from .record import CONFIG, TOKENIZER, RunRecord
-from .resume import CurrentSettings, check_options, differences, read
+from .record import TOKENIZER, RunRecord
+from .resume import CurrentSettings, check_options, differences
 from .runs import RunOptions
 
 _USAGE = """tenfold {verb} {method} [OPTION ...]
@@ -118,7 +118,7 @@ class _MethodCLI(LightningCLI):
         """Find devices that are not there: on a CPU Lightning would start any number of processes."""
         _check_devices(self.config.trainer.accelerator, self.config.trainer.devices)
         if self.keeps and self.options.checkpoint:
-            check_options(self._plain(), self.options.checkpoint.parent.parent)
+            check_options(self._plain(), self.options.checkpoint)
 
     def _plain(self) -> dict[str, Any]:
         """The config as it is written to a file."""
@@ -241,10 +241,7 @@ class _MethodCLI(LightningCLI):
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
-            run = self.options.checkpoint.parent.parent
-            found = differences(self._plain(), read(run)) if (run / CONFIG).is_file() else ()
-            told = "; ".join(f"{name}: {ours}, the run has {theirs}" for name, ours, theirs in found)
-            what = told or " ".join(str(error).split())[:200]
+            what = differences(self._plain(), self.options.checkpoint) or " ".join(str(error).split())[:200]
             raise UserError(f"checkpoint {self.options.checkpoint}: not this model's: {what}") from error
 
     def _explain(self, message: str) -> str:

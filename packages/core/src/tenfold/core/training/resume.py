@@ -10,10 +10,11 @@ from lightning import Callback, LightningModule, Trainer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import UserError
+from .checkpoint import load_checkpoint
 from .record import CONFIG
 
 
-def check_options(config: dict[str, Any], run: Path) -> None:
+def check_options(config: dict[str, Any], checkpoint: Path) -> None:
     """Refuse a config that differs from the run's in what resumed training would not heed.
 
     All of `trainer` may differ, and of model and data what their classes name in `may_change`.
@@ -21,22 +22,30 @@ def check_options(config: dict[str, Any], run: Path) -> None:
     Raises:
         UserError: every option that is refused, what it is and what the run has.
     """
-    if not (run / CONFIG).is_file():
-        return  # a checkpoint alone; weights of other shapes are refused when they are loaded
-    refused = [f"{name}: {ours}, the run has {theirs}" for name, ours, theirs in differences(config, read(run))]
-    if refused:
+    if refused := differences(config, checkpoint):
         raise UserError(
-            f"{'; '.join(refused)}; a run that goes on keeps this. To begin a run with its weights: tenfold export "
-            f"{run} FOLDER, then --model.init_from FOLDER"
+            f"{refused}; a run that goes on keeps this. To begin a run with its weights: tenfold export RUN FOLDER, "
+            "then --model.init_from FOLDER"
         )
 
 
-def read(run: Path) -> dict[str, Any]:
-    """The run's config."""
-    return yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+def differences(config: dict[str, Any], checkpoint: Path) -> str:
+    """What `check_options` refuses, in words; "" if nothing."""
+    found = _differences(config, _then(config, checkpoint))
+    return "; ".join(f"{name}: {now}, the run has {then}" for name, now, then in found)
 
 
-def differences(config: dict[str, Any], then: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _then(config: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """The config that the checkpoint was trained with: the run's; of a checkpoint alone, what it knows of its model."""
+    file = checkpoint.parent.parent / CONFIG
+    if file.is_file():
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    known = {} if checkpoint.is_dir() else load_checkpoint(checkpoint).get("hyper_parameters", {})
+    arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
+    return {**config, "model": {**config["model"], "init_args": arguments}}
+
+
+def _differences(config: dict[str, Any], then: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Options of model, data and seed that differ and may not: name, value now, value then."""
     if config["seed_everything"] != then["seed_everything"]:
         yield "seed_everything", config["seed_everything"], then["seed_everything"]
