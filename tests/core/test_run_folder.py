@@ -187,7 +187,7 @@ def test_another_learning_rate_takes_effect_on_resume(capsys):
     [
         (["--model.layers", "6"], "model.layers: 6, the run has 1"),
         (["--model.init_std", "0.1"], "model.init_std: 0.1, the run has 0.02"),
-        (["--data.batch_size", "4"], "data.batch_size: 4, the run has 8"),
+        (["--data.batch_size", "4"], "batch_size: 4 rows a batch, batch_size × devices, the run has 8"),
         (["--data.val_fraction", "0.2"], "data.val_fraction: 0.2, the run has 0.1"),
         (["--seed_everything", "4"], "seed_everything: 4, the run has 0"),
         (["--trainer.precision", "no"], "trainer.precision"),

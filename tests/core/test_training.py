@@ -85,7 +85,7 @@ def test_loader_in_worker_processes_gives_the_same_batches():
         iterator = iter(loader)
         states.append(([next(iterator).tolist() for _ in range(2)], loader.state_dict()))
     assert states[0] == states[1]
-    assert states[0][1] == {"seed": 0, "epoch": 0, "batch": 2}  # given, not fetched ahead
+    assert states[0][1] == {"seed": 0, "epoch": 0, "batch": 2, "rows": 12, "batch_rows": 3}  # given, not fetched ahead
 
 
 @settings(deadline=None, max_examples=40)

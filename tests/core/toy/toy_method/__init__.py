@@ -41,6 +41,8 @@ class Toy(LightningModule):
 
 
 class Noise(LightningDataModule):
+    may_change = ("batch_size",)
+
     def __init__(self, path: str | None = None, batch_size: int = 4, shuffle: bool = True):
         super().__init__()
         self.path, self.batch_size, self.shuffle = path, batch_size, shuffle

@@ -50,7 +50,7 @@ class FashionMNISTDataModule(LightningDataModule):
         torch.Size([64, 1, 28, 28])
     """
 
-    may_change: ClassVar[tuple[str, ...]] = ("num_workers",)  # when a run is resumed
+    may_change: ClassVar[tuple[str, ...]] = ("batch_size", "num_workers")  # when a run is resumed
 
     def __init__(self, *, batch_size: int = 64, val_images: int = 1000, seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()

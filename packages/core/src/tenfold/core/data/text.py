@@ -60,8 +60,8 @@ class TextDataModule(LightningDataModule):
         torch.Size([16, 129])
     """
 
-    # On resume: the checkpoint knows text and tokenizer by their contents, wherever they lie.
-    may_change: ClassVar[tuple[str, ...]] = ("path", "tokenizer", "num_workers")
+    # On resume: the checkpoint knows text and tokenizer by their contents, and batches by their size on all devices.
+    may_change: ClassVar[tuple[str, ...]] = ("path", "tokenizer", "batch_size", "num_workers")
 
     def __init__(
         self,

@@ -40,7 +40,7 @@ class ResumableDataLoader(DataLoader):
         >>> loader = ResumableDataLoader(range(6), batch_size=2, seed=0, shuffle=False)
         >>> batches = iter(loader)
         >>> next(batches), loader.state_dict()
-        (tensor([0, 1]), {'seed': 0, 'epoch': 0, 'batch': 1})
+        (tensor([0, 1]), {'seed': 0, 'epoch': 0, 'batch': 1, 'rows': 6, 'batch_rows': 2})
     """
 
     def __init__(
@@ -88,11 +88,23 @@ class ResumableDataLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The seed, the epoch, and how many of its batches have been given."""
-        return {"seed": self.sampler.seed, "epoch": self.sampler.epoch, "batch": self.sampler.given}
+        """The seed, the epoch, how many of its batches have been given, and what a batch is: of all rows, how many.
+
+        Rows are counted over all processes, whose number may change when the product stays.
+        """
+        state = {"seed": self.sampler.seed, "epoch": self.sampler.epoch, "batch": self.sampler.given}
+        return {**state, "rows": len(self.dataset), "batch_rows": self.batch_size * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go where `state` says: the next iterator begins there."""
+        """Go where `state` says: the next iterator begins there.
+
+        Raises:
+            ValueError: the state of another number of rows, or of batches of another size.
+        """
+        ours = self.state_dict()
+        for name, what in (("rows", "rows of data"), ("batch_rows", "rows a batch, batch_size × devices")):
+            if state.get(name, ours[name]) != ours[name]:
+                raise ValueError(f"batch_size: {ours[name]} {what}, the run has {state[name]}")
         order: _Order = self.sampler
         order.seed, order.epoch, order.given = state["seed"], state["epoch"], state["batch"]
         order.resume_at = order.given % len(self)
