@@ -3,10 +3,9 @@
 from tenfold.core.data.text import TextDataModule
 from tenfold.core.methods import Method
 
-from . import claims
-from .budget import budget
-from .convert import convert
+from . import verbs
 from .module import CLLAModule
+from .reproduction import claims
 
 METHOD = Method(
     name="clla",
@@ -16,5 +15,5 @@ METHOD = Method(
     datamodule=TextDataModule,
     package="tenfold.clla",
     claims=(claims.ladder_loss, claims.recall, claims.cache_bytes, claims.latent_rounding, claims.decode_time),
-    verbs={"budget": budget, "convert": convert},
+    verbs={"budget": verbs.budget, "convert": verbs.convert},
 )

@@ -4,7 +4,7 @@ from lightning import LightningDataModule, LightningModule
 
 from tenfold.core.methods import Method
 
-from . import claims
+from .reproduction import claims
 
 METHOD = Method(
     name="cog-attention",

@@ -4,9 +4,8 @@ from lightning import LightningDataModule, LightningModule
 
 from tenfold.core.methods import Method
 
-from . import claims
-from .sweep import sweep
-from .verbs import fit_law, plan
+from . import verbs
+from .reproduction import claims
 
 METHOD = Method(
     name="fp-scaling",
@@ -24,5 +23,5 @@ METHOD = Method(
         claims.more_data_hurts,
         claims.one_exponent_bit_is_none,
     ),
-    verbs={"plan": plan, "sweep": sweep, "fit-law": fit_law},
+    verbs={"plan": verbs.plan, "sweep": verbs.sweep, "fit-law": verbs.fit_law},
 )
