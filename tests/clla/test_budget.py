@@ -4,8 +4,9 @@ import pytest
 from transformers import LlamaConfig
 
 from tenfold.clla import CLLAConfig, bytes_per_token, rung
-from tenfold.clla.budget import ladder_costs, load_config
+from tenfold.clla.budget import ladder_costs
 from tenfold.clla.ladder import RUNGS
+from tenfold.clla.verbs import load_config
 from tenfold.core.cli import main
 
 # Width: MLA and CLLA in bfloat16, all in 4 bits, the rotary key in bfloat16, no rotary key (all without scales), and

@@ -2,11 +2,11 @@
 
 import pytest
 
-from tenfold.clla import claims
-from tenfold.clla.decoding import CONTENDERS
-from tenfold.clla.experiments import ARMS, SIZES, normal_snr
 from tenfold.clla.formats import Format
 from tenfold.clla.method import METHOD
+from tenfold.clla.reproduction import claims
+from tenfold.clla.reproduction.decoding import CONTENDERS
+from tenfold.clla.reproduction.experiments import ARMS, SIZES, normal_snr
 from tenfold.core.claims import Run
 
 LOSS = {"MHA": 3.0, "CLLA": 3.01, "CLLA-quant": 3.02, "CLLA of three layers": 3.2}

@@ -8,10 +8,10 @@ import yaml
 
 import tenfold.clla
 from tenfold.clla import CLLAModule, bytes_per_token
-from tenfold.clla.decoding import contenders, decode_step_seconds, floors, slope, work_per_key
-from tenfold.clla.experiments import ARMS, SIZES, cache_storage, language_model, measured_bytes, normal_snr
 from tenfold.clla.formats import Format
 from tenfold.clla.ladder import RUNGS, count_parameters, rung
+from tenfold.clla.reproduction.decoding import contenders, decode_step_seconds, floors, slope, work_per_key
+from tenfold.clla.reproduction.experiments import ARMS, SIZES, cache_storage, language_model, measured_bytes, normal_snr
 from tenfold.core.data.text import TextDataModule
 from tenfold.core.training import fit
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tenfold.clla.recall import KEYS, VALUES, VOCABULARY, RecallData, RecallModule, RecallSequences
+from tenfold.clla.reproduction.recall import KEYS, VALUES, VOCABULARY, RecallData, RecallModule, RecallSequences
 from tenfold.core.training import fit
 
 

@@ -15,7 +15,7 @@ from tenfold.cog_attention.analysis import (
     representation_gap,
     weight_statistics,
 )
-from tenfold.cog_attention.subtraction import Subtractor, subtraction_error
+from tenfold.cog_attention.reproduction.subtraction import Subtractor, subtraction_error
 
 
 def tiny(attention="cog", **sizes):

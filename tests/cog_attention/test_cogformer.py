@@ -8,7 +8,7 @@ import yaml
 
 import tenfold.cog_attention
 from tenfold.cog_attention import Cogformer, UViCModule
-from tenfold.cog_attention.experiments import ARMS, SIZES, diffusion_model, language_model
+from tenfold.cog_attention.reproduction.experiments import ARMS, SIZES, diffusion_model, language_model
 
 CONFIGS = Path(tenfold.cog_attention.__file__).parent / "configs"
 

@@ -3,8 +3,9 @@
 import pytest
 
 from tenfold.core.claims import Run
-from tenfold.fp_scaling import ScalingLaw, claims
-from tenfold.fp_scaling.experiments import TOKENS_PER_STEP, shape, train, twins
+from tenfold.fp_scaling import ScalingLaw
+from tenfold.fp_scaling.pilot import TOKENS_PER_STEP, shape, train, twins
+from tenfold.fp_scaling.reproduction import claims
 
 LAW = ScalingLaw(
     n=40.0, alpha=0.24, d=700.0, beta=0.5, epsilon=1.9, gamma=1600.0, delta=1.6, nu=1.4

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tenfold.core.training.sharding import fill, shard
 from tenfold.hunyuan_moe import HunyuanLargeConfig, HunyuanLargeForCausalLM, register
-from tenfold.hunyuan_moe.checkpoint import read_weights
+from tenfold.hunyuan_moe.model.checkpoint import read_weights
 
 # The released config.json's words, with small sizes.
 CONFIG = {

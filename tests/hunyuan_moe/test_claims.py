@@ -8,8 +8,8 @@ import pytest
 
 from tenfold.core.claims import TUNING_SEED, Run
 from tenfold.core.cli import main
-from tenfold.hunyuan_moe.experiments import LENGTH, SIZES, isoflop_run, language_model, papers_cache
 from tenfold.hunyuan_moe.method import METHOD
+from tenfold.hunyuan_moe.reproduction.experiments import LENGTH, SIZES, isoflop_run, language_model, papers_cache
 
 TABLE_2 = {"MHA": 1_638_400, "GQA": 163_840, "MQA": 20_480, "CLA": 819_200, "GQA+CLA": 81_920}  # bytes per token
 
@@ -35,7 +35,7 @@ def test_a_diverged_training_is_told_and_not_scored(toy):
 
 
 def test_measuring_the_noise_changes_no_training(toy, monkeypatch):
-    monkeypatch.setattr("tenfold.hunyuan_moe.experiments._NoiseLog.WINDOWS", 32)
+    monkeypatch.setattr("tenfold.hunyuan_moe.reproduction.experiments._NoiseLog.WINDOWS", 32)
     settings = {"size": "toy", "arm": "uniform rate", "steps": 4, "lr": 1e-3, "seed": 0}
     found = language_model(**settings, noise=True)
     assert language_model(**settings).items() <= found.items()

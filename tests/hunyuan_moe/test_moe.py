@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from tenfold.hunyuan_moe import MoELayer, RecycleRouter, register_experts
-from tenfold.hunyuan_moe.experts import chosen_routing
+from tenfold.hunyuan_moe.adapters.experts import chosen_routing
 from tenfold.kernels import permute_tokens, unpermute_tokens
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tenfold.core.cli import main
 from tenfold.hunyuan_moe import fit_isoflops, minimal_compute, training_flops
-from tenfold.hunyuan_moe.scaling import PAPERS_PARAMS, PAPERS_TOKENS
+from tenfold.hunyuan_moe.scaling.law import PAPERS_PARAMS, PAPERS_TOKENS
 
 
 def test_the_papers_numbers():

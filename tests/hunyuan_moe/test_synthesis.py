@@ -10,8 +10,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tenfold.core.cli import main
-from tenfold.hunyuan_moe.generators import LocalModel, Server
-from tenfold.hunyuan_moe.synthesis import (
+from tenfold.hunyuan_moe.synthesis.generators import LocalModel, Server
+from tenfold.hunyuan_moe.synthesis.pipeline import (
     Critique,
     Evolve,
     Filters,

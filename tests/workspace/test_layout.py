@@ -237,3 +237,15 @@ def test_importing_changes_nothing(member, tmp_path):
     assert probe["registered"] == []
     if member.module == "tenfold.kernels":
         assert not {"triton", "transformers", "lightning"} & set(probe["modules"])
+
+
+@each_member
+def test_the_top_of_a_method_holds_the_method(member):
+    """Claims, and the trainings that only they need, would hide it."""
+    if not (member.source / "method.py").exists():
+        return
+    assert (member.source / "reproduction" / "claims.py").exists()
+    top = {path.stem for path in member.source.glob("*.py")}
+    assert not top & {"claims", "experiments"}
+    text = (member.source / "method.py").read_text()
+    assert ("verbs={" in text) == ("verbs" in top)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tenfold.clla import CLLACache, CLLAConfig, CLLAForCausalLM, bytes_per_token, rung
-from tenfold.clla.decoding import CONTENDERS, contenders, floors, slope
+from tenfold.clla.reproduction.decoding import CONTENDERS, contenders, floors, slope
 from tenfold.kernels.testing.timing import compare, machine, print_table, require_same, write_csv
 
 

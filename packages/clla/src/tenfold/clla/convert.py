@@ -1,16 +1,10 @@
 """A CLLA model from a Llama, Mistral or Qwen2 checkpoint: keys and values factored, ready for healing by training."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -26,79 +20,6 @@ from .steps import calibrate_steps, normal_step
 
 SUPPORTED = ("llama", "mistral", "qwen2")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the length
-
-
-def convert(
-    checkpoint: Path,
-    output: Path | None = None,
-    latent_dim: int = 512,
-    rope_dim: int = 64,
-    share_factor: int = 2,
-    cache_bits: int = 4,
-    cache_code: Code = "symmetric",
-    cache_scales: Scales = "token",
-    window: int = 256,
-    calibration: Path | None = None,
-    tokens: int = 20_000,
-) -> None:
-    """Start a CLLA model from a Llama, Mistral or Qwen2 checkpoint, and report what its attention lost.
-
-    The result needs training before it is of use; it loads with `CLLAForCausalLM.from_pretrained`.
-
-    Args:
-        checkpoint: a folder with a config.json and safetensors.
-        output: the folder to write, which must not be there yet; by default the checkpoint's with `-clla` added.
-        latent_dim: numbers of the latent.
-        rope_dim: numbers of the rotary key.
-        share_factor: layers that share a cache.
-        cache_bits: 4, 8 or 16.
-        cache_code: what 4 or 8 bits stand for: symmetric or asymmetric integers, or float (FP4, FP8).
-        cache_scales: token: stored with the codes; channel: a step for each number of the latent, which the cache does
-            not hold, of least squared error on the calibration text, or without one on normal numbers.
-        window: distances in tokens over which keys that are no longer rotated shall be right on average.
-        calibration: text (.txt or .jsonl) to measure the hidden states on; by default they are taken to be white.
-        tokens: of it.
-    """
-    folder = checkpoint.resolve()
-    output = folder.with_name(folder.name + "-clla") if output is None else output
-    if output.exists():
-        raise UserError(f"output: {output} is there already")
-    config = checkpoint_config(checkpoint)
-    settings = {
-        "latent_dim": latent_dim,
-        "rope_dim": rope_dim,
-        "share_factor": share_factor,
-        "cache_bits": cache_bits,
-        "cache_code": cache_code,
-        "cache_scales": cache_scales,
-    }
-    try:
-        if window < 1:
-            raise ValueError(f"window: must be at least 1, got {window}")
-        converted_config(config, **settings, biased=calibration is not None or _biased(config))
-        text = None if calibration is None else calibration_tokens(checkpoint, calibration, tokens, config)
-        model, errors = convert_model(load_checkpoint(checkpoint), **settings, window=window, calibration=text)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    with _whole_folder(output) as temporary:
-        model.save_pretrained(temporary)
-        for pattern in ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*"):
-            for file in checkpoint.glob(pattern):
-                shutil.copy(file, temporary)
-    table = Table("layer", "reads", "keys", "values", "rotation", title="Relative errors", title_justify="left")
-    producers = model.config.cache_producers
-    for layer, error in enumerate(errors):
-        row = (f"{100 * error[name]:.1f} %" for name in ("keys", "values", "rotation"))
-        table.add_row(str(layer), str(producers[layer]), *row)
-    console = Console()
-    console.print(table)
-    console.print(
-        "keys, values: what the latent does not hold of them. rotation: what keys lose by not being rotated.\n"
-        f"Written to {output}; train it before use.",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 def checkpoint_config(folder: Path) -> PreTrainedConfig:
@@ -192,7 +113,7 @@ def convert_model(
     """
     layers, rotary = source.model.layers, source.model.rotary_emb
     attention = [layer.self_attn for layer in layers]
-    biased = calibration is not None or _biased(source.config)
+    biased = calibration is not None or has_biases(source.config)
     if window < 1:
         raise ValueError(f"window: must be at least 1, got {window}")
     config = converted_config(
@@ -296,7 +217,8 @@ def converted_config(
     return config
 
 
-def _biased(config: PreTrainedConfig) -> bool:
+def has_biases(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint's queries, keys and values have biases."""
     return config.model_type == "qwen2" or getattr(config, "attention_bias", False)
 
 
@@ -380,19 +302,6 @@ def _moments(source: PreTrainedModel, tokens: Tensor, producers: list[int]) -> d
     for producer in set(producers):
         sums[producer] += ridge * sums[producer].trace() / len(sums[producer]) * torch.eye(len(sums[producer]))
     return sums
-
-
-@contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place if the block succeeds, and is gone if it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _gist(error: Exception) -> str:

@@ -6,10 +6,9 @@ from tenfold.core.data.text import TextDataModule
 from tenfold.core.export import save_language_model
 from tenfold.core.methods import Method
 
-from . import claims
-from .budget import budget
-from .convert import convert
+from . import verbs
 from .module import CLLAModule
+from .reproduction import claims
 
 METHOD = Method(
     name="clla",
@@ -20,5 +19,5 @@ METHOD = Method(
     package="tenfold.clla",
     claims=(claims.ladder_loss, claims.recall, claims.cache_bytes, claims.latent_rounding, claims.decode_time),
     export=partial(save_language_model, imports="from tenfold.clla import register", before="register()"),
-    verbs={"budget": budget, "convert": convert},
+    verbs={"budget": verbs.budget, "convert": verbs.convert},
 )

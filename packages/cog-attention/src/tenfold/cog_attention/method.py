@@ -4,8 +4,8 @@ from lightning import LightningDataModule, LightningModule
 
 from tenfold.core.methods import Method
 
-from . import claims
 from .export import export
+from .reproduction import claims
 
 METHOD = Method(
     name="cog-attention",

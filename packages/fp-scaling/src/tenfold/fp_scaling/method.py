@@ -4,10 +4,9 @@ from lightning import LightningDataModule, LightningModule
 
 from tenfold.core.methods import Method
 
-from . import claims
+from . import verbs
 from .export import export
-from .sweep import sweep
-from .verbs import fit_law, plan
+from .reproduction import claims
 
 METHOD = Method(
     name="fp-scaling",
@@ -26,5 +25,5 @@ METHOD = Method(
         claims.one_exponent_bit_is_none,
     ),
     export=export,
-    verbs={"plan": plan, "sweep": sweep, "fit-law": fit_law},
+    verbs={"plan": verbs.plan, "sweep": verbs.sweep, "fit-law": verbs.fit_law},
 )

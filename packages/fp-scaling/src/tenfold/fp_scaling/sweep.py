@@ -11,7 +11,7 @@ from tenfold.core.claims.progress import RunProgress
 from tenfold.core.files import write_whole
 from tenfold.kernels import FloatFormat
 
-from .experiments import TOKENS_PER_STEP, shape, train
+from .pilot import TOKENS_PER_STEP, shape, train
 from .recipe import QuantRecipe
 from .table import CHANNEL
 

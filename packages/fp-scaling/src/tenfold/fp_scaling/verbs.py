@@ -1,4 +1,4 @@
-"""`tenfold fp-scaling plan` and `fit-law`: the law's answers on a terminal, with a figure."""
+"""What `tenfold fp-scaling` offers: `plan` and `fit-law`, the law's answers with a figure, and `sweep`."""
 
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,10 @@ from tenfold.core.files import write_whole
 from .baselines import ChinchillaLaw, PrecisionLaw
 from .fitting import Estimate, Law, extrapolation_error, held_out_error
 from .law import COST, ScalingLaw
+from .sweep import sweep
 from .table import RunTable
+
+__all__ = ["fit_law", "plan", "sweep"]
 
 LAWS = {"floating-point law": ScalingLaw, "precision law (Kumar et al.)": PrecisionLaw, "Chinchilla": ChinchillaLaw}
 WIDTHS = (4, 5, 6, 8, 16)

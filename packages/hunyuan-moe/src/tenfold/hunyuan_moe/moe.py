@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tenfold.kernels import Routing, expert_swiglu, route_tokens
 
-from .config import check_routing
+from .model.config import check_routing
 
 
 class RoutingStatistics(NamedTuple):

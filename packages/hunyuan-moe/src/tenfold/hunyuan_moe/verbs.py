@@ -10,9 +10,8 @@ from rich.table import Table
 
 from tenfold.core.files import write_whole
 
-from .figures import isoflop_figure, short
-from .generators import Generate, LocalModel, Server
-from .scaling import (
+from .scaling.figures import isoflop_figure, short
+from .scaling.law import (
     PAPERS_PARAMS,
     PAPERS_TOKENS,
     PER_PARAMETER,
@@ -22,7 +21,8 @@ from .scaling import (
     minimal_compute,
     training_flops,
 )
-from .synthesis import (
+from .synthesis.generators import Generate, LocalModel, Server
+from .synthesis.pipeline import (
     Critique,
     Evolve,
     Filters,

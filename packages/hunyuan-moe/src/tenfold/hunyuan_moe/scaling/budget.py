@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from .config import HunyuanLargeConfig
-from .moe import Experts
+from ..model.config import HunyuanLargeConfig
+from ..moe import Experts
 
 
 class Parameters(NamedTuple):
@@ -25,7 +25,7 @@ def count_parameters(config: HunyuanLargeConfig) -> Parameters:
         >>> count_parameters(HunyuanLargeConfig())
         Parameters(total=388698128640, activated=51318800640)
     """
-    from .model import HunyuanLargeForCausalLM
+    from ..model.modeling import HunyuanLargeForCausalLM
 
     with torch.device("meta"):
         model = HunyuanLargeForCausalLM(config)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from ..adapters.rope import rope_base
 from .config import HunyuanLargeConfig
-from .rope import rope_base
 
 Shape = tuple[int, ...]
 KINDS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # stacked, and as released

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from .budget import bytes_per_token
-from .cache import CLLACache
-from .config import CLLAConfig
-from .ladder import rung
-from .model import CLLAForCausalLM
+from ..budget import bytes_per_token
+from ..cache import CLLACache
+from ..config import CLLAConfig
+from ..ladder import rung
+from ..model import CLLAForCausalLM
 
 H100 = {"bytes": 3.35e12, "flops": 989e12}  # per second, SXM: HBM3, and dense bfloat16 tensor cores
 CONTENDERS = ("CLLA, 4 bits", "MHA, DynamicCache", "MHA, CLLACache")

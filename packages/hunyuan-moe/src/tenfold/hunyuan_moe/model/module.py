@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from tenfold.core.lm import CausalLM
 from tenfold.core.training import NonFiniteError
 
+from ..learning_rates import PAPERS_RATIO, expert_parameter_groups, three_phase
 from .checkpoint import read_weights
 from .config import HunyuanLargeConfig
-from .learning_rates import PAPERS_RATIO, expert_parameter_groups, three_phase
-from .model import HunyuanLargeForCausalLM
+from .modeling import HunyuanLargeForCausalLM
 
 # What the configuration calls the module's arguments.
 ARGUMENTS = {

@@ -9,12 +9,12 @@ from torch import Tensor
 from tenfold.core.data.text import TextDataModule
 from tenfold.core.training import NonFiniteError, fit
 
-from .cache import CLLACache
-from .config import CLLAConfig
+from ..cache import CLLACache
+from ..config import CLLAConfig
+from ..formats import Format
+from ..ladder import rung
+from ..module import CLLAModule
 from .decoding import decode_step_seconds, floors
-from .formats import Format
-from .ladder import rung
-from .module import CLLAModule
 from .recall import VOCABULARY, RecallData, RecallModule
 
 LENGTH = 128  # tokens of a training window

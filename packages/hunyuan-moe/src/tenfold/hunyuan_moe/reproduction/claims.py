@@ -8,10 +8,10 @@ import numpy as np
 from tenfold.core.claims import Claim, Run, below, t_interval, within
 from tenfold.core.claims.figures import bars
 
+from ..learning_rates import PAPERS_RATIO, expert_lr_ratio
+from ..scaling.figures import isoflop_figure
+from ..scaling.law import PAPERS_PARAMS, PAPERS_TOKENS, fit_isoflops
 from .experiments import ISOFLOP, ISOFLOP_VOCABULARY, SIZES, isoflop_run, language_model, papers_cache
-from .figures import isoflop_figure
-from .learning_rates import PAPERS_RATIO, expert_lr_ratio
-from .scaling import PAPERS_PARAMS, PAPERS_TOKENS, fit_isoflops
 
 FIRST_SEED = 10  # the plan below was changed after looks at seeds 0 to 2
 

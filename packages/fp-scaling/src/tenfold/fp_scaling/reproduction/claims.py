@@ -8,11 +8,11 @@ import numpy as np
 from tenfold.core.claims import Claim, Run, above, below, t_interval, within
 from tenfold.core.claims.figures import bars, lines, panels
 
-from .baselines import ChinchillaLaw, PrecisionLaw
-from .experiments import TOKENS_PER_STEP, train, twins
-from .fitting import held_out_error
-from .law import ScalingLaw
-from .table import RunTable
+from ..baselines import ChinchillaLaw, PrecisionLaw
+from ..fitting import held_out_error
+from ..law import ScalingLaw
+from ..pilot import TOKENS_PER_STEP, train, twins
+from ..table import RunTable
 
 # One for all, as in the paper. Half learns more slowly, twice as much faster, but scatters the gaps four times as far.
 LEARNING_RATE = 8e-3

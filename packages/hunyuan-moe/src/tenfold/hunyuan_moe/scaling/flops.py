@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .config import HunyuanLargeConfig
+from ..model.config import HunyuanLargeConfig
 
 
 class Flops(NamedTuple):

@@ -10,12 +10,12 @@ from tenfold.core.data.text import TextDataModule
 from tenfold.core.lm import CACHE
 from tenfold.core.training import NonFiniteError, fit
 
-from .budget import count_parameters
-from .config import HunyuanLargeConfig
-from .flops import flops_per_token
-from .model import HunyuanLargeForCausalLM
-from .module import HunyuanLarge
-from .noise import noise_batch
+from ..model.config import HunyuanLargeConfig
+from ..model.modeling import HunyuanLargeForCausalLM
+from ..model.module import HunyuanLarge
+from ..noise import noise_batch
+from ..scaling.budget import count_parameters
+from ..scaling.flops import flops_per_token
 
 LENGTH = 128  # tokens of a training window
 SIZES = {  # by all parameters, with a vocabulary of 1,024: sizes, and the rows of a batch

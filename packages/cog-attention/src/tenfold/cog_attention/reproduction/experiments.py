@@ -8,7 +8,7 @@ from tenfold.core.data.images import FashionMNISTDataModule
 from tenfold.core.data.text import TextDataModule
 from tenfold.core.training import NonFiniteError, fit
 
-from .analysis import (
+from ..analysis import (
     PROMPTS,
     attention_maps,
     collapse_prompts,
@@ -18,8 +18,8 @@ from .analysis import (
     representation_gap,
     weight_statistics,
 )
-from .cogformer import Cogformer
-from .diffusion import UViCModule
+from ..cogformer import Cogformer
+from ..diffusion import UViCModule
 from .subtraction import subtraction_error
 
 LENGTH = 128  # tokens of a training window

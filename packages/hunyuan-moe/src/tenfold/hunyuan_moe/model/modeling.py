@@ -22,10 +22,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from tenfold.core.lm import CACHE
 
+from ..moe import Experts, MoELayer, RecycleRouter
 from .attention import HunyuanLargeAttention
 from .checkpoint import check_folder, register_layout, released_shapes
 from .config import HunyuanLargeConfig
-from .moe import Experts, MoELayer, RecycleRouter
 
 
 def register() -> None:

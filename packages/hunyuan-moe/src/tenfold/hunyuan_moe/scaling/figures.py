@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from tenfold.core.claims.figures import SERIES, panels
 
-from .scaling import PAPERS_PARAMS, PAPERS_TOKENS, IsoFlopFit
+from .law import PAPERS_PARAMS, PAPERS_TOKENS, IsoFlopFit
 
 
 def isoflop_figure(fit: IsoFlopFit, *, ylabel: str = "loss") -> Figure:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from .module import CLLAModule
+from ..module import CLLAModule
 
 KEYS = VALUES = 32
 VOCABULARY = KEYS * VALUES + KEYS  # a token for each pair, and one to ask for each key

@@ -7,9 +7,9 @@ import matplotlib
 from tenfold.core.claims import Claim, Run, above, below, t_interval
 from tenfold.core.claims.figures import INK, SERIES, STYLE, lines, panels
 
+from ..formats import Format
 from .decoding import CONTENDERS, slope
 from .experiments import associative_recall, cache_storage, decoding, language_model, normal_snr
-from .formats import Format
 
 FIRST_SEED = 10  # the plan below was changed after looks at seeds 0 to 2
 MAIN = ("MHA", "CLLA", "CLLA-quant", "CLLA of three layers")

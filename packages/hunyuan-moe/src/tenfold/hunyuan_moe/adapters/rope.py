@@ -4,7 +4,7 @@ import math
 
 from transformers import PreTrainedModel
 
-from .config import HunyuanLargeConfig
+from ..model.config import HunyuanLargeConfig
 
 
 def extend_context(model: PreTrainedModel, *, max_length: int, base: float) -> None:

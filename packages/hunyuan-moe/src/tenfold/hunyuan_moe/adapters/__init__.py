@@ -1,0 +1,1 @@
+"""The recipe's parts for other transformers models: shared keys and values, experts, longer contexts."""

@@ -1,0 +1,1 @@
+"""The model as transformers has it, its checkpoints, and its Lightning module."""

@@ -1,0 +1,1 @@
+"""What measures the paper's claims: criteria and trainings. Nothing here is needed to use the method."""
