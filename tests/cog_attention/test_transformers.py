@@ -294,3 +294,13 @@ def test_hybrids_count_their_attention_layers():
     model = JambaForCausalLM(config)
     keep_softmax(model)
     assert model.config.cog_softmax_layers == [1, 5]
+
+
+def test_values_of_another_width_are_refused():
+    register()
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="cog"))
+    q = torch.randn(1, 4, 3, 8)
+    with pytest.raises(
+        ValueError, match=r"value: LlamaAttention has values of width 6 and keys of width 8 \(as in MLA"
+    ):
+        cog_attention_forward(model.model.layers[1].self_attn, q, q, q[..., :6], None)

@@ -106,6 +106,11 @@ def cog_attention_forward(
         )
         return out, weights
 
+    if value.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"value: {type(module).__name__} has values of width {value.shape[-1]} and keys of width {key.shape[-1]} "
+            "(as in MLA); Cog attention takes one width"
+        )
     if dropout:
         raise ValueError(f"attention_dropout: Cog attention has no dropout on its weights, got {dropout}; set it to 0")
     out = cog_attention(query, key, value, causal=causal, mask=mask, scale=scaling)
