@@ -9,7 +9,14 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartModel,
+    BloomConfig,
+    CLIPConfig,
+    CLIPModel,
     DynamicCache,
+    FalconConfig,
+    GPTNeoConfig,
+    JambaConfig,
+    JambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -208,7 +215,8 @@ def test_attention_weights_against_a_hand_computation():
 
 
 @pytest.mark.parametrize(
-    ("layers", "message"), [((3,), "layers: the model has 3 layers, there is no layer 3"), ((-4,), "no layer -4")]
+    ("layers", "message"),
+    [((3,), "layers: the model has 3 attention layers, there is no layer 3"), ((-4,), "no layer -4")],
 )
 def test_a_layer_that_is_not_there(model, layers, message):
     with pytest.raises(ValueError, match=message):
@@ -233,3 +241,66 @@ def test_dropout_and_biases_are_refused(tokens):
 def test_a_float_mask_of_zeros_and_minima_is_understood(model, tokens):
     causal = torch.full((T, T), torch.finfo(torch.float32).min).triu(1).expand(2, 1, T, T)
     torch.testing.assert_close(model(tokens, attention_mask=causal).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("parts", ["cog", {"text_config": "cog"}])
+def test_composite_configs_keep_their_attention_before_any_forward(tmp_path, parts):
+    register()
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    text = vision | {"vocab_size": 50, "eos_token_id": 1}
+    config = CLIPConfig(text_config=text, vision_config=vision | {"image_size": 8, "patch_size": 4}, projection_dim=8)
+    config._attn_implementation = parts
+    model = CLIPModel(config)
+    model.save_pretrained(tmp_path)
+    loaded = CLIPModel.from_pretrained(tmp_path)
+    assert loaded.config.text_config._attn_implementation == "cog"
+    assert (loaded.config.vision_config._attn_implementation == "cog") == (parts == "cog")
+
+
+def test_what_is_set_last_is_saved(model, tokens, tmp_path):
+    model(tokens)
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("config", [BloomConfig, FalconConfig, GPTNeoConfig])
+def test_models_outside_the_interface_are_refused_when_they_are_built(config):
+    register()
+    with pytest.raises(ValueError, match=r"attn_implementation: .* does not call transformers' attention interface"):
+        AutoModelForCausalLM.from_config(config(vocab_size=9, hidden_size=32), attn_implementation="cog")
+
+
+@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks", "s_aux", "softcap", "unheard_of"])
+def test_keywords_that_are_not_understood_are_refused(model, name):
+    q = torch.randn(1, 4, 3, 8)
+    with pytest.raises(ValueError, match=f"^{name}: Cog attention does not know it"):
+        cog_attention_forward(model.model.layers[1].self_attn, q, q, q, None, **{name: torch.ones(1)})
+
+
+def test_hybrids_count_their_attention_layers():
+    register()
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 50, "num_hidden_layers": 6}
+    config = JambaConfig(
+        **sizes,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_layer_offset=1,
+        attn_layer_period=2,
+        num_experts=2,
+        use_mamba_kernels=False,
+        attn_implementation="cog",
+    )
+    model = JambaForCausalLM(config)
+    keep_softmax(model)
+    assert model.config.cog_softmax_layers == [1, 5]
+
+
+def test_values_of_another_width_are_refused():
+    register()
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="cog"))
+    q = torch.randn(1, 4, 3, 8)
+    with pytest.raises(
+        ValueError, match=r"value: LlamaAttention has values of width 6 and keys of width 8 \(as in MLA"
+    ):
+        cog_attention_forward(model.model.layers[1].self_attn, q, q, q[..., :6], None)

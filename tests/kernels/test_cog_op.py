@@ -204,3 +204,10 @@ def good():
 def test_errors_name_the_argument(backend, change, error, message):
     with pytest.raises(error, match=message):
         cog_attention(**good() | change)
+
+
+@pytest.mark.parametrize("scale", [1e300, -1e39])
+def test_a_scale_beyond_float32(backend, scale):
+    with pytest.raises(ValueError, match=r"scale: must be at most 1e\+38 in magnitude for torch\.float32"):
+        cog_attention(**cog_inputs(1, 1, 2, 2, 4), scale=scale)
+    assert cog_attention(**cog_inputs(1, 1, 2, 2, 4, dtype=torch.float64), scale=scale).isfinite().all()

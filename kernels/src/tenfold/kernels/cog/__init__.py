@@ -11,6 +11,7 @@ from . import cpu, reference
 __all__ = ["cog_attention"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAX_SCALE = 1e38  # times log₂e, still a float32
 
 
 def cog_attention(
@@ -70,6 +71,8 @@ def cog_attention(
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     if not -math.inf < scale < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"scale: must be finite, got {scale}")
+    if query.dtype != torch.float64 and abs(scale) > _MAX_SCALE:
+        raise ValueError(f"scale: must be at most {_MAX_SCALE:.0e} in magnitude for {query.dtype}, got {scale}")
     if mask is not None:
         mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 

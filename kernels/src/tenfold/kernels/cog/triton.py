@@ -41,9 +41,9 @@ MAX_DIM = 256
 MAX_STRIDE = 1 << 23
 
 # Per chip and head dimension up to 64, 128 and 256, for the kernels forward, dq and dkdv: query rows, keys,
-# warps, stages. Each is the largest tried of the usual FlashAttention tiles for which Triton 3.8 and 3.9
-# spill no register, under `causal` and under a mask, and which fits the shared memory (tests/kernels/test_aot.py): 163
-# KiB on sm_80, 227 on sm_90 and sm_100, 64 on gfx942, 99 on sm_86, which stands for every other chip. 8
+# warps, stages. Each is the largest tried of the usual FlashAttention tiles for which neither Triton 3.8 nor 3.9
+# spills a register, under `causal` and under a mask, and which fits the shared memory (tests/kernels/test_aot.py):
+# 163 KiB on sm_80, 227 on sm_90 and sm_100, 64 on gfx942, 99 on sm_86, which stands for every other chip. 8
 # warps: on Hopper two warpgroups share the accumulators, which at head dimension 128 would fill the registers
 # of one. No autotuning: it needs a GPU at import.
 _HALF_TILES = {
@@ -55,7 +55,7 @@ _HALF_TILES = {
     ("sm_86", 256): ((32, 32, 4, 1), (64, 32, 8, 1), (32, 32, 8, 2)),
     ("sm_90", 64): ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
     ("sm_90", 128): ((128, 32, 8, 3), (128, 32, 8, 3), (32, 128, 8, 2)),
-    ("sm_90", 256): ((64, 32, 8, 2), (64, 16, 8, 3), (32, 32, 8, 2)),
+    ("sm_90", 256): ((64, 32, 8, 3), (64, 16, 8, 2), (32, 32, 8, 2)),
     ("sm_100", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
     ("sm_100", 128): ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
     ("sm_100", 256): ((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
@@ -180,7 +180,7 @@ def _options(kernel: str, q: Tensor, mask: Tensor | None, causal: bool) -> dict[
         "BLOCK_N": keys,
         "num_warps": warps,
         "num_stages": stages,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": True,  # Triton 3.10 is to fuse multiply-adds only where told to
     }
 
 

@@ -1,5 +1,7 @@
 """Cog attention inside transformers models: `register()`, then `attn_implementation="cog"`."""
 
+import functools
+import inspect
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -10,6 +12,15 @@ from transformers.masking_utils import sdpa_mask
 from tenfold.kernels import cog_attention
 
 from .weights import attention_weights
+
+# What models hand to every attention function and what changes nothing here: masks already hold windows and packing.
+_UNDERSTOOD = {
+    *("sliding_window", "position_ids", "cache_position", "deterministic", "seq_idx", "num_items_in_batch"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache", "return_dict"),
+    *("output_hidden_states", "output_router_logits"),
+}
+# They go through transformers' attention interface in part, or look the name up in a table of their own.
+_PARTLY = {"bigbird_pegasus", "deepseek_ocr2", "git", "sam", "sam_hq", "superglue", "unlimited_ocr"}
 
 
 def register(name: str = "cog") -> None:
@@ -22,6 +33,8 @@ def register(name: str = "cog") -> None:
     """
     AttentionInterface.register(name, cog_attention_forward)
     AttentionMaskInterface.register(name, cog_mask)
+    _hook(PreTrainedConfig, "to_dict", _with_attention)
+    _hook(PreTrainedModel, "get_correct_attn_implementation", _if_applicable)
 
 
 def keep_softmax(model: PreTrainedModel, layers: Sequence[int] = (0, -1)) -> None:
@@ -29,7 +42,8 @@ def keep_softmax(model: PreTrainedModel, layers: Sequence[int] = (0, -1)) -> Non
 
     The choice is written into the model's config (`cog_softmax_layers`), so `save_pretrained` keeps it, and with
     it the attention itself: `from_pretrained` gives a Cog model again where `register()` was called, and an error
-    where it was not. Negative indices count from the last layer; an empty sequence makes every layer Cog.
+    where it was not. Only layers with attention are counted, which in hybrids are some of all. Negative indices count
+    from the last; an empty sequence makes every layer Cog.
 
     Raises:
         ValueError: a layer that the model does not have, a model that does not run Cog attention, or one whose
@@ -41,18 +55,21 @@ def keep_softmax(model: PreTrainedModel, layers: Sequence[int] = (0, -1)) -> Non
             f"model: runs {config._attn_implementation!r} attention; call register() and build or load it with "
             'attn_implementation="cog" first'
         )
-    depth = config.num_hidden_layers
-    numbers = {module.layer_idx for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)}
-    if config.is_encoder_decoder or numbers != set(range(depth)):
+    _refuse(model)
+    numbers = [
+        getattr(m, "layer_idx", None) for m in model.modules() if getattr(m, "config", None) is config and _attends(m)
+    ]
+    known = sorted({number for number in numbers if isinstance(number, int)})
+    if config.is_encoder_decoder or not known or len(known) != len(numbers):
         raise ValueError(
-            f"model: {type(model).__name__} does not number its attention layers from 0 to {depth - 1}, so that "
-            "layers cannot be told apart"
+            f"model: {type(model).__name__} does not number its attention layers from 0 to "
+            f"{config.num_hidden_layers - 1}, so that layers cannot be told apart"
         )
+    depth = len(known)
     for layer in layers:
         if not -depth <= layer < depth:
-            raise ValueError(f"layers: the model has {depth} layers, there is no layer {layer}")
-    config.cog_softmax_layers = sorted({layer % depth for layer in layers})
-    _remember(config)
+            raise ValueError(f"layers: the model has {depth} attention layers, there is no layer {layer}")
+    config.cog_softmax_layers = sorted({known[layer % depth] for layer in layers})
 
 
 def cog_attention_forward(
@@ -71,7 +88,6 @@ def cog_attention_forward(
     A mask of None means plain causal attention for a causal module, the last query aligned with the last key.
     Weights are returned only when the model is asked for `output_attentions`: that costs the Tq×Tk matrix.
     """
-    _remember(module.config)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     softmax = getattr(module, "layer_idx", None) in getattr(module.config, "cog_softmax_layers", ())
     mask = _boolean(attention_mask)
@@ -81,15 +97,20 @@ def cog_attention_forward(
     if kwargs.pop("output_attentions", getattr(module.config, "output_attentions", False)):
         kind = "softmax" if softmax else "cog"
         weights = attention_weights(query, key, kind=kind, causal=causal, mask=mask, scale=scaling)
-    for unsupported in ("softcap", "position_bias", "s_aux"):
-        if kwargs.get(unsupported) is not None:
-            raise ValueError(f"{unsupported}: has no meaning for signed weights, use another attention for this model")
+    for unsupported, given in kwargs.items():
+        if unsupported not in _UNDERSTOOD and given is not None and given is not False:
+            raise ValueError(f"{unsupported}: Cog attention does not know it, use another attention for this model")
     if softmax:
         out, _ = sdpa_attention_forward(
             module, query, key, value, mask, scaling=scaling, dropout=dropout, is_causal=causal, **kwargs
         )
         return out, weights
 
+    if value.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"value: {type(module).__name__} has values of width {value.shape[-1]} and keys of width {key.shape[-1]} "
+            "(as in MLA); Cog attention takes one width"
+        )
     if dropout:
         raise ValueError(f"attention_dropout: Cog attention has no dropout on its weights, got {dropout}; set it to 0")
     out = cog_attention(query, key, value, causal=causal, mask=mask, scale=scaling)
@@ -113,14 +134,66 @@ def cog_mask(*, q_length: int, kv_length: int, allow_is_causal_skip: bool = True
     )
 
 
-def _remember(config: PreTrainedConfig) -> None:
-    """Have `save_pretrained` write which attention the weights were trained with.
+def _is_cog(name: object) -> bool:
+    return isinstance(name, str) and AttentionInterface().get(name) is cog_attention_forward
 
-    Transformers does not: without this key a saved Cog model would load as a softmax model, without a word. With
-    it, it loads as Cog, or, where `register` was not called, not at all.
-    """
-    if getattr(config, "attn_implementation", None) is None:
-        config.attn_implementation = config._attn_implementation
+
+def _hook(owner: type, name: str, wrap) -> None:
+    """Wrap a method of transformers, once."""
+    method = getattr(owner, name)
+    if not hasattr(method, "_cog"):
+        wrapped = wrap(method)
+        wrapped._cog = True
+        setattr(owner, name, wrapped)
+
+
+def _with_attention(to_dict):
+    """A config that is set to Cog writes so, which transformers does not: it would load as softmax, without a word."""
+
+    @functools.wraps(to_dict)
+    def wrapped(self, *args, **kwargs):
+        written = to_dict(self, *args, **kwargs)
+        if attention := _attention(self):
+            written["attn_implementation"] = attention
+        return written
+
+    return wrapped
+
+
+def _attention(config: PreTrainedConfig) -> str | dict | None:
+    """What gives this config and its sub-configs their Cog attention back; None where there is none."""
+    own = config._attn_implementation if _is_cog(config._attn_implementation) else None
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    parts = {key: _attention(part) for key, part in parts.items() if isinstance(part, PreTrainedConfig)}
+    if all(part == own for part in parts.values()):
+        return own
+    return ({"": own} if own else {}) | {key: part for key, part in parts.items() if part}
+
+
+def _if_applicable(get_correct):
+    """Refuse Cog where a model would ignore it or break its masks: when it is built, or set."""
+
+    @functools.wraps(get_correct)
+    def wrapped(self, requested_attention, *args, **kwargs):
+        if _is_cog(requested_attention):
+            _refuse(self)
+        return get_correct(self, requested_attention, *args, **kwargs)
+
+    return wrapped
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether the module calls transformers' attention interface."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def _refuse(model: PreTrainedModel) -> None:
+    if not model._can_set_attn_implementation() or model.config.model_type in _PARTLY:
+        raise ValueError(
+            f"attn_implementation: {type(model).__name__} does not call transformers' attention interface everywhere, "
+            "so that it cannot run Cog; in a composite model, name the part that can, as {'text_config': 'cog'}"
+        )
 
 
 def _boolean(mask: Tensor | None) -> Tensor | None:
