@@ -315,3 +315,17 @@ def test_options_that_make_no_sense(checkpoint, options, words, capsys):
     assert main(["clla", "convert", str(checkpoint), *options]) == 2
     assert words in capsys.readouterr().err
     assert sorted(checkpoint.parent.iterdir()) == before
+
+
+def test_attention_that_is_not_softmax_is_refused(tmp_path, capsys):
+    """A checkpoint of Cog Attention would become a softmax model without a word."""
+    source = make("llama", torch.float32)
+    source.save_pretrained(tmp_path / "cog")
+    config = json.loads((tmp_path / "cog" / "config.json").read_text())
+    (tmp_path / "cog" / "config.json").write_text(json.dumps(config | {"attn_implementation": "cog"}))
+    assert main(["clla", "convert", str(tmp_path / "cog"), "--latent_dim", "24", "--rope_dim", "6"]) == 2
+    assert "its attention is 'cog'; a CLLA model has softmax attention" in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "cog-clla").exists()
+    source.config._attn_implementation_internal = "cog"
+    with pytest.raises(ValueError, match="its attention is 'cog'"):
+        convert_model(source, latent_dim=24, rope_dim=6)

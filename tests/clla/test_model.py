@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -421,3 +422,24 @@ def test_steps_take_part_before_anything_is_rounded(build, tokens):
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.any() == ("latent_steps" not in name), name
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"share_up_projections": True}, {"cache_scales": "channel"}, {"query_dim": 12}], ids=str
+)
+def test_adapters_on_every_layer_learn_and_merge(build, options, tokens):
+    """Whose layers are called, all of them: the up-projections too, which decoding absorbs."""
+    model = build(**options)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    adapted.double()(tokens, labels=tokens).loss.backward()
+    grads = {name: p.grad for name, p in adapted.named_parameters() if "lora_" in name}
+    assert sum("k_up_proj" in name for name in grads) >= 2 * (2 if options.get("share_up_projections") else 5)
+    assert [name for name, grad in grads.items() if grad is None or not grad.any()] == []
+    adapted.eval()
+    with torch.no_grad():
+        whole = adapted(tokens).logits
+        first = adapted(tokens[:, :9], use_cache=True)
+        later = adapted(tokens[:, 9:], past_key_values=first.past_key_values).logits
+        merged = adapted.merge_and_unload()(tokens).logits
+    torch.testing.assert_close(later, whole[:, 9:])
+    torch.testing.assert_close(merged, whole)

@@ -2,21 +2,29 @@
 
 import copy
 import io
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -319,6 +327,48 @@ def test_attention_of_torch_gets_a_warning():
         quantize_linears_(layer, RECIPE)
     assert isinstance(layer.linear1, QuantLinear)
     assert layer(torch.randn(2, 5, 32)).shape == (2, 5, 32)
+
+
+def test_products_outside_of_layers_get_a_warning():
+    sizes = {"vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 32, "num_local_experts": 4}
+    mixtral = MixtralForCausalLM(MixtralConfig(**sizes))
+    experts = sum(p.numel() for name, p in mixtral.named_parameters() if ".experts." in name)
+    share = round(100 * experts / sum(p.numel() for p in mixtral.parameters()))
+    with pytest.warns(UserWarning, match=rf"experts.gate_up_proj: 4 stacks of matrices, {share} % of the parameters"):
+        quantize_linears_(mixtral, RECIPE)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=32, num_hidden_layers=1, state_size=16))
+    with pytest.warns(UserWarning, match="dt_proj: MambaMixer multiplies with its weight itself"):
+        quantize_linears_(mamba, QuantRecipe("e2m1", block_size=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_linears_(llama(), RECIPE)
+
+
+def test_falcons_layers_gates_and_adapters():
+    falcon = FalconForCausalLM(FalconConfig(vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    tokens = torch.arange(8)[None]
+    plain = falcon(tokens).logits
+    quantize_linears_(falcon, NOTHING)
+    assert isinstance(falcon.transformer.h[0].self_attention.query_key_value, QuantLinear)
+    torch.testing.assert_close(falcon(tokens).logits, plain)
+
+    gated = nn.ModuleDict({"gate": nn.Linear(32, 1), "up": nn.Linear(32, 64)})
+    quantize_linears_(gated, RECIPE)
+    assert [type(m) for m in gated.values()] == [nn.Linear, QuantLinear]
+
+    adapted = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    quantize_linears_(adapted, RECIPE)
+    kinds = {name.split(".default")[0].rpartition(".")[2]: type(m) for name, m in adapted.named_modules()}
+    assert (kinds["lora_A"], kinds["lora_B"], kinds["base_layer"]) == (nn.Linear, nn.Linear, QuantLinear)
+    with pytest.raises(ValueError, match=r"does not divide the 4 features of .*lora_A"):
+        quantize_linears_(adapted, RECIPE, adapters=True)
+
+    class Subclass(nn.Linear):
+        pass
+
+    with pytest.raises(ValueError, match=r"no linear layer to quantize .*; its Subclass may compute something of"):
+        quantize_linears_(nn.Sequential(Subclass(32, 64)), RECIPE)
 
 
 def test_what_cannot_be_done_changes_nothing():

@@ -5,10 +5,28 @@ from itertools import pairwise
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    JetMoeConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Ministral3Config,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SwitchTransformersConfig,
+)
 
 from tenfold.hunyuan_moe import (
+    Experts,
     HunyuanLargeConfig,
     HunyuanLargeForCausalLM,
     MoELayer,
@@ -64,7 +82,7 @@ def test_only_specialized_experts_are_scaled(kind):
 
 
 def test_a_model_without_experts_is_refused():
-    with pytest.raises(ValueError, match="model: Linear has no experts stacked in one tensor"):
+    with pytest.raises(ValueError, match="model: Linear has no specialized experts"):
         expert_parameter_groups(nn.Linear(2, 2), 1e-3)
     with pytest.raises(ValueError, match="ratio: must be positive, got -1"):
         expert_parameter_groups(MoELayer(8, 6, 4), 1e-3, ratio=-1)
@@ -146,3 +164,90 @@ def test_a_model_without_rotary_embeddings_is_refused():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(ValueError, match="model: GPT2LMHeadModel has no rotary embedding with one base"):
         extend_context(model, max_length=512, base=1e6)
+
+
+def rotary_models():
+    """Small models whose rotary scalings are kept elsewhere too, with what becomes of them."""
+    common = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    common |= {"intermediate_size": 8, "max_position_embeddings": 64, "pad_token_id": None}
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    yarn |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+    mla = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    for kind in (DeepseekV2Config, DeepseekV3Config):
+        yield kind(**common, **mla, first_k_dense_replace=2, rope_parameters=dict(yarn)), True
+    scaled = yarn | {"llama_4_scaling_beta": 0.1}
+    yield Ministral3Config(**common, num_key_value_heads=1, head_dim=8, rope_parameters=scaled), False
+
+
+@pytest.mark.parametrize(("config", "works"), rotary_models(), ids=lambda x: getattr(x, "model_type", None))
+def test_a_longer_context_is_the_same_after_saving_or_is_refused(config, works, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens, before = torch.arange(20)[None], model.config.to_dict()
+    if not works:
+        with pytest.raises(ValueError, match="llama_4_scaling_beta, which a new base would lose"):
+            extend_context(model, max_length=256, base=1e6)
+        assert model.config.to_dict() == before
+        return
+    extend_context(model, max_length=256, base=1e6)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.model.layers[0].self_attn.scaling == model.model.layers[0].self_attn.scaling == 16**-0.5
+    torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+
+
+def test_a_model_with_several_kinds_of_positions_is_left_as_it_was():
+    text = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"intermediate_size": 8, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16}
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
+    before = model.config.to_dict()
+    with pytest.raises(ValueError, match="mrope_section, which a new base would lose"):
+        extend_context(model, max_length=256, base=1e6)
+    assert model.config.to_dict() == before
+
+
+def experts_of(config):
+    """The names of the parameters that learn at the experts' rate."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config)
+    return special_names(model), model
+
+
+def special_names(model):
+    groups = expert_parameter_groups(model, lr=1.0, ratio=0.5)
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
+    chosen = {id(p) for group in groups if group["lr"] == 0.5 for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in chosen}
+
+
+SMALL = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+
+
+def test_experts_that_are_no_stack_of_feed_forwards():
+    names, _ = experts_of(JetMoeConfig(**SMALL, num_key_value_heads=1, kv_channels=8, num_local_experts=2))
+    assert names == {
+        f"layers.{i}.{part}.{linear}_linear.weight"
+        for i in range(2)
+        for part in ("self_attention.experts", "mlp")
+        for linear in ("input", "output")
+    }
+    switch = {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 8, "num_layers": 2, "num_heads": 2, "num_experts": 2}
+    names, model = experts_of(SwitchTransformersConfig(**switch, num_sparse_encoder_layers=1))
+    assert names
+    assert names == {name for name, _ in model.named_parameters() if ".experts." in name}
+
+
+def test_shared_experts_learn_as_the_rest():
+    layer = nn.Module()
+    layer.experts, layer.shared_experts = Experts(8, 4, 2), Experts(8, 4, 2)
+    assert special_names(layer) == {"experts.gate_up_proj", "experts.down_proj"}
+
+
+def test_adapters_on_experts_learn_at_their_rate():
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=2))
+    lora = LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj"], target_modules=["q_proj"])
+    names = special_names(get_peft_model(model, lora))
+    assert len(names) == 4  # two matrices in each of two layers
+    assert all("mlp.experts.lora_" in name for name in names)

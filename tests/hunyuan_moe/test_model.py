@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
 
@@ -284,3 +285,45 @@ def test_tuples(build, tokens):
 def test_bad_configs(tiny, changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
+
+
+def test_accumulated_gradients_are_the_whole_updates(build):
+    """With unequal numbers of labels: the cross entropy over all of them, the balance losses weighted by them."""
+    model = build(routing="dropless", router_aux_loss_coef=0.3).train()
+    generator = torch.Generator().manual_seed(2)
+    batches = [torch.randint(1, 97, (2, length), generator=generator) for length in (13, 7)]
+    labels = [tokens.clone() for tokens in batches]
+    labels[0][:, :6] = -100
+    labels[1][1, 3:] = -100
+    counts = [int((x[:, 1:] != -100).sum()) for x in labels]
+    assert counts == [14, 8]
+    losses = []
+    for tokens, targets, count in zip(batches, labels, counts, strict=True):
+        out = model(tokens)
+        entropy = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), reduction="sum")
+        losses.append((entropy + 0.3 * count * out.aux_loss) / sum(counts))
+    expected = torch.autograd.grad(sum(losses), list(model.parameters()))
+    for items in (sum(counts), torch.tensor(sum(counts))):
+        model.zero_grad()
+        for tokens, targets in zip(batches, labels, strict=True):
+            model(tokens, labels=targets, num_items_in_batch=items).loss.backward()
+        for parameter, truth in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, truth, rtol=1e-6, atol=1e-8)
+
+
+def test_packed_documents_do_not_see_each_other_in_training(build, tokens):
+    model = build(routing="dropless").train()
+    positions = torch.cat([torch.arange(6), torch.arange(7)])[None].expand(2, -1)
+    out = model(tokens, position_ids=positions)
+    assert out.past_key_values is None
+    torch.testing.assert_close(out.logits[:, :6], model(tokens[:, :6]).logits)
+    torch.testing.assert_close(out.logits[:, 6:], model(tokens[:, 6:]).logits)
+
+
+def test_the_router_can_be_adapted(build, tokens):
+    model = get_peft_model(build(torch.float32).train(), LoraConfig(r=2, target_modules=["wg", "o_proj"]))
+    loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if "wg.lora_B" in name}
+    assert len(grads) == 4
+    assert all(grad is not None and grad.any() for grad in grads.values())

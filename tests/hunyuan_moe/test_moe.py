@@ -4,14 +4,21 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import (
+    AutoModel,
+    DbrxConfig,
     GptOssConfig,
     GptOssForCausalLM,
     HunYuanMoEV1Config,
     HunYuanMoEV1ForCausalLM,
+    JetMoeConfig,
+    Llama4TextConfig,
+    LlamaConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    NllbMoeConfig,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    SwitchTransformersConfig,
 )
 
 from tenfold.hunyuan_moe import MoELayer, RecycleRouter, register_experts
@@ -191,3 +198,34 @@ def test_compiles_without_graph_breaks():
         results.append([y, *(p.grad for p in moe.parameters())])
         assert moe.statistics.load.tolist() == [6, 6, 6, 6]
     torch.testing.assert_close(*results)
+
+
+SMALL = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        JetMoeConfig(**SMALL, num_key_value_heads=1, kv_channels=8, num_local_experts=2),
+        SwitchTransformersConfig(
+            vocab_size=20,
+            d_model=16,
+            d_kv=8,
+            d_ff=8,
+            num_layers=2,
+            num_heads=2,
+            num_experts=2,
+            num_sparse_encoder_layers=1,
+        ),
+        DbrxConfig(vocab_size=20, d_model=16, n_heads=2, n_layers=1, max_seq_len=32),
+        Llama4TextConfig(**SMALL, num_key_value_heads=1, intermediate_size_mlp=8, num_local_experts=2),
+        NllbMoeConfig(vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1, num_experts=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_experts_that_cannot_be_replaced_are_refused(config):
+    """Transformers takes the name and goes on with its own experts."""
+    register_experts()
+    with pytest.raises(ValueError, match="does not go through transformers' experts functions, so 'tenfold' would do"):
+        AutoModel.from_config(config, experts_implementation="tenfold")
+    assert AutoModel.from_config(LlamaConfig(**SMALL), experts_implementation="tenfold") is not None

@@ -9,7 +9,8 @@ With g the producer of layer l (g = s·⌊l/s⌋ for adjacent runs of s) and ⟨
 
 `⟨·⟩` rounds to the cache's bits, in training too and for the current token too, so that a model is trained on what
 it will read. A reader has no W_DKV and no W_KR, and caches nothing. With static scales per channel, c is cached in
-units of its steps (`steps`): W_UK and W_UV take them up, or, where these are absorbed, the query and the output.
+units of its steps (`steps`), by which it is multiplied before W_UK and W_UV, or, where these are absorbed, the query
+and the output.
 Sharing by CLA (arXiv 2405.12981), latents by MLA (DeepSeek-V2, arXiv 2405.04434); their combination is a
 reconstruction of arXiv 2410.15252.
 """
@@ -38,7 +39,7 @@ class Entry(NamedTuple):
     second: Stored | None  # rotary keys, or values
     past: bool  # whether there is more than this pass's tokens
     steps: Tensor | None = None  # that latents are stored in units of
-    up: tuple[Tensor, Tensor] | None = None  # the weights of the producer's up-projections
+    up: tuple[nn.Module, nn.Module] | None = None  # the up-projections of keys and values
 
 
 class _Attention(nn.Module):
@@ -146,12 +147,13 @@ class LatentAttention(_Attention):
         if entry.past:
             return self._absorbed(content, rotary, entry, attention_mask), None
 
+        # The layers are called, not their weights multiplied: they may be adapted (PEFT) or quantized.
         k_up, v_up = entry.up
-        if entry.steps is not None:
-            k_up, v_up = k_up * entry.steps[: k_up.shape[1]], v_up * entry.steps[-v_up.shape[1] :]
         latent = dense(_one_head(entry.first), hidden_states.dtype)
-        key = F.linear(latent[..., : k_up.shape[1]], k_up).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        value = F.linear(latent[..., -v_up.shape[1] :], v_up).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if entry.steps is not None:
+            latent = (latent * entry.steps).to(hidden_states.dtype)
+        key = k_up(latent[..., : k_up.in_features]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        value = v_up(latent[..., -v_up.in_features :]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         if self.rotary:
             rope = dense(entry.second, hidden_states.dtype)
             key = torch.cat([key, rope.expand(-1, self.heads, -1, -1)], dim=-1)
@@ -176,20 +178,20 @@ class LatentAttention(_Attention):
             elif self.latent_steps is not None and torch.is_grad_enabled():
                 latent = latent + 0 * self.latent_steps.to(latent.dtype)  # DDP wants a gradient of every parameter
             entry = Entry(*self._store(latent, new_rope, cache), steps)
-            shared[self.layer_idx] = entry = entry._replace(up=(self.k_up_proj.weight, self.v_up_proj.weight))
+            shared[self.layer_idx] = entry = entry._replace(up=(self.k_up_proj, self.v_up_proj))
         else:
             entry = shared[self.producer]
             if new_rope is not None:
                 entry = entry._replace(second=self._store(new_rope, None, cache)[0])
             if self.expands:
-                entry = entry._replace(up=(self.k_up_proj.weight, self.v_up_proj.weight))
+                entry = entry._replace(up=(self.k_up_proj, self.v_up_proj))
         if cache is not None and self.is_last_reader:
             del shared[self.producer]  # with offloading, this is the last of the run's cache on the device
         return entry
 
     def _absorbed(self, content: Tensor, rotary: Tensor, entry: Entry, mask: Tensor | None) -> Tensor:
         """The same attention over the cache as it lies: W_UK moved to the query, W_UV to the output."""
-        k_up, v_up = (weight.unflatten(0, (self.heads, -1)) for weight in entry.up)
+        k_up, v_up = (effective_weight(layer).unflatten(0, (self.heads, -1)) for layer in entry.up)
         query = content @ k_up
         if entry.steps is not None:  # far fewer numbers than in the weights
             query = query * entry.steps[: query.shape[-1]].to(query.dtype)
@@ -249,6 +251,18 @@ class HeadsAttention(_Attention):
         if cache is not None and self.is_last_reader:
             del shared[self.producer]
         return self._attend(query, key, value, attention_mask, **kwargs)
+
+
+def effective_weight(layer: nn.Module) -> Tensor:
+    """The matrix W by which a linear layer multiplies, `(out, in)`, whatever adapters or quantizers it consists of.
+
+    Of a plain layer, its weight; of another what it makes of the identity, which costs a product of its own: merge
+    adapters for long decoding.
+    """
+    if type(layer) is nn.Linear:
+        return layer.weight
+    weight = layer.weight
+    return layer(torch.eye(layer.in_features, dtype=weight.dtype, device=weight.device)).t()
 
 
 def rotate(query: Tensor, key: Tensor | None, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,10 @@ def checkpoint_config(folder: Path) -> PreTrainedConfig:
             f"checkpoint: rope_type {config.rope_parameters['rope_type']!r} cannot be converted; accepted: "
             f"{', '.join(_ROPE_TYPES)}"
         )
+    try:
+        check_attention(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return config
 
 
@@ -109,8 +113,9 @@ def convert_model(
         calibration: tokens `(rows, time)` to run `source` on; None takes its normed hidden states to be white.
 
     Raises:
-        ValueError: sizes that do not go together.
+        ValueError: sizes that do not go together, or attention other than softmax.
     """
+    check_attention(source.config)
     layers, rotary = source.model.layers, source.model.rotary_emb
     attention = [layer.self_attn for layer in layers]
     biased = calibration is not None or has_biases(source.config)
@@ -215,6 +220,20 @@ def converted_config(
     if told:
         raise ValueError(f"{'; '.join(told)}: the keys and values of a run have no more")
     return config
+
+
+def check_attention(config: PreTrainedConfig) -> None:
+    """Refuse a model whose attention is another function of queries and keys than softmax, Cog Attention say.
+
+    Raises:
+        ValueError: it is.
+    """
+    name = config._attn_implementation
+    plain = name is None or name in ("eager", "sdpa", "flex_attention") or name.startswith("flash_attention")
+    if not plain:
+        raise ValueError(
+            f"checkpoint: its attention is {name!r}; a CLLA model has softmax attention, so it would differ"
+        )
 
 
 def has_biases(config: PreTrainedConfig) -> bool:

@@ -1,7 +1,10 @@
 """Linear layers whose matrix products have quantized operands, and the one line that puts them into a model."""
 
+import inspect
+import re
 import warnings
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,19 +99,21 @@ class QuantConv1D(Conv1D):
         return quant_linear(x, self.weight.t(), self.bias, self.recipe) if self.recipe.formats else super().forward(x)
 
 
-_QUANTIZED = {nn.Linear: QuantLinear, Conv1D: QuantConv1D}
+FALCON = "FalconLinear"  # of transformers: nn.Linear, its product and its bias rounded one after the other
+_QUANTIZED = {nn.Linear: QuantLinear, FALCON: QuantLinear, Conv1D: QuantConv1D}
 
 
 def quantize_linears_(
-    model: nn.Module, recipe: QuantRecipe, *, skip: tuple[str, ...] | list[str] | None = None
+    model: nn.Module, recipe: QuantRecipe, *, skip: tuple[str, ...] | list[str] | None = None, adapters: bool = False
 ) -> nn.Module:
     """Turn the linear layers of `model` into quantized ones, in place.
 
     Parameters stay the same objects under the same names: optimizers, tied weights, hooks and checkpoints keep working.
     Convert before `torch.compile`, DDP or FSDP wrap the model. `nn.Linear` and transformers' `Conv1D` (GPT-2) are
-    converted, whatever holds them; subclasses of them are not, since they compute something of their own. Products
-    that are no such layer, attention scores and fused experts among them, stay as they are; nn.MultiheadAttention
-    gets a warning, because its projections look like layers and are not.
+    converted, whatever holds them, and Falcon's own linear layer; other subclasses are not, since they compute
+    something of their own, nor are layers with one output feature, gates. Products that are no such layer stay as they
+    are. Where one would think otherwise there is a warning: nn.MultiheadAttention, experts whose weights are stacked in
+    one tensor, with their share of all parameters, and layers whose weight the model multiplies itself, as Mamba does.
 
     Args:
         model: any module; converted layers get the new recipe.
@@ -116,7 +121,9 @@ def quantize_linears_(
         skip: layers to leave, as patterns of their names (`"lm_head"`, `"layers.0.*"`; a pattern without a dot
             is compared with the last part of a name). By default, as in the paper, the classifier: what a
             transformers model calls its output embeddings, layers called lm_head, classifier, score or head, and
-            those that share their weight with an embedding.
+            those that share their weight with an embedding. Patterns replace this default: name the classifier among
+            them, or it is quantized; `()` leaves nothing out.
+        adapters: whether PEFT's adapters, small beside what they adapt, are quantized too.
 
     Returns:
         `model`.
@@ -127,7 +134,12 @@ def quantize_linears_(
     """
     if isinstance(skip, str):
         raise TypeError(f"skip: expected several patterns such as ('lm_head',), got {skip!r}")
-    layers = {name: layer for name, layer in model.named_modules() if type(layer) in _KINDS}
+    left_alone = set() if adapters else _adapters(model)
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if _kind(layer) in _KINDS and _features(layer)[1] > 1 and id(layer) not in left_alone
+    }
     left = _classifiers(model, layers) if skip is None else set()
     for pattern in CLASSIFIERS if skip is None else skip:
         matched = {name for name in layers if _matches(name, pattern)}
@@ -136,7 +148,9 @@ def quantize_linears_(
         left |= matched
     chosen = {name: layer for name, layer in layers.items() if name not in left}
     if not chosen:
-        raise ValueError("model: has no linear layer to quantize (nn.Linear or transformers' Conv1D)")
+        others = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and _kind(m) not in _KINDS}
+        own = f"; its {', '.join(sorted(others))} may compute something of their own" if others else ""
+        raise ValueError(f"model: has no linear layer to quantize (nn.Linear or transformers' Conv1D){own}")
     for name, layer in chosen.items():
         recipe.check_layer(name or "the layer", *_features(layer))
     if attentions := [name for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]:
@@ -145,15 +159,55 @@ def quantize_linears_(
             "unquantized. In evaluation, nn.TransformerEncoderLayer goes around its quantized layers too, unless "
             "torch.backends.mha.set_fastpath_enabled(False)."
         )
+    _warn_of_products_elsewhere(model, chosen)
     for layer in chosen.values():
-        layer.__class__ = _QUANTIZED.get(type(layer), type(layer))
+        layer.__class__ = _QUANTIZED.get(_kind(layer), type(layer))
         layer.recipe = recipe
     return model
 
 
+def _warn_of_products_elsewhere(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    """Say which weights are multiplied where no layer is called, and so stay in full precision."""
+    stacked = {
+        f"{name}.{own}": p.numel()
+        for name, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.nn")
+        for own, p in module.named_parameters(recurse=False)
+        if p.ndim == 3 and p.shape[0] > 1
+    }
+    if stacked:
+        share = sum(stacked.values()) / sum(p.numel() for p in model.parameters())
+        warnings.warn(
+            f"{next(iter(stacked))}: {len(stacked)} stacks of matrices, {100 * share:.0f} % of the parameters, are no "
+            "linear layers and stay unquantized."
+        )
+    modules = dict(model.named_modules())
+    for name in chosen:
+        parent, _, last = name.rpartition(".")
+        if last in _weights_read(type(modules[parent])):
+            warnings.warn(
+                f"{name}: {type(modules[parent]).__name__} multiplies with its weight itself: that product stays "
+                "unquantized."
+            )
+
+
+@cache
+def _weights_read(kind: type) -> set[str]:
+    """The layers whose weight a module's own code computes with, found in its source; empty where there is none."""
+    read: set[str] = set()
+    for name, function in vars(kind).items():
+        if inspect.isfunction(function) and not re.search("init|reset", name):
+            try:
+                source = inspect.getsource(function)
+            except (OSError, TypeError):
+                continue
+            read |= set(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|data_ptr|requires_grad))", source))
+    return read
+
+
 def dequantize_(model: nn.Module) -> nn.Module:
     """Turn every quantized layer of `model` back into a plain one, in place; returns `model`."""
-    plain = {quantized: kind for kind, quantized in _QUANTIZED.items()}
+    plain = {quantized: kind for kind, quantized in _QUANTIZED.items() if kind is not FALCON}
     for layer in model.modules():
         if type(layer) in plain:
             layer.__class__ = plain[type(layer)]
@@ -162,6 +216,17 @@ def dequantize_(model: nn.Module) -> nn.Module:
 
 
 _KINDS = {*_QUANTIZED, *_QUANTIZED.values()}
+
+
+def _kind(layer: nn.Module) -> type | str:
+    return FALCON if type(layer).__name__ == FALCON else type(layer)
+
+
+def _adapters(model: nn.Module) -> set[int]:
+    """The layers that are PEFT's adapters, by what it says of each layer that it has wrapped."""
+    wrapped = [m for m in model.modules() if hasattr(m, "adapter_layer_names") and hasattr(m, "base_layer")]
+    held = [getattr(m, name) for m in wrapped for name in m.adapter_layer_names if hasattr(m, name)]
+    return {id(layer) for part in held if isinstance(part, nn.Module) for layer in part.modules()}
 
 
 def _classifiers(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:

@@ -60,9 +60,10 @@ def expert_parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for any optimizer, in which the specialized experts learn at `lr · ratio`.
 
-    Specialized experts are the modules with a 3-D `down_proj`, an expert per row: this package's `Experts` and those of
-    transformers' MoE models. Routers, shared experts and everything else learn at `lr`. Vectors and embeddings are
-    not decayed.
+    Specialized experts are modules whose class is called `…Experts…`, lists and dictionaries called `experts`, and
+    modules with a 3-D `down_proj`: this package's `Experts` and those of transformers' MoE models, stacked in one
+    tensor or not, with the adapters on them (PEFT). Routers, shared experts and everything else learn at `lr`.
+    Vectors, biases and embeddings are not decayed.
 
     Args:
         model: of torch or transformers.
@@ -77,28 +78,42 @@ def expert_parameter_groups(
         >>> torch.optim.AdamW(expert_parameter_groups(model, lr=3e-4), betas=(0.9, 0.95))
     """
     _positive(lr=lr, ratio=ratio)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    stacked = [m for m in model.modules() if getattr(getattr(m, "down_proj", None), "ndim", 0) == 3]
-    special = {id(p) for m in stacked for p in m.parameters(recurse=False)}
-    if not special:
-        raise ValueError(f"model: {type(model).__name__} has no experts stacked in one tensor")
+    holders = _expert_modules(model)
+    if not holders:
+        raise ValueError(f"model: {type(model).__name__} has no specialized experts")
     embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    trained: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            expert = name.startswith(holders) and not {"router", "gate"} & set(name.split("."))
+            decays = p.ndim > 1 and id(p) not in embedded and not (expert and name.endswith("bias"))
+            trained.setdefault((expert, decays), []).append(p)
 
     def group(expert: bool, decays: bool) -> dict[str, Any]:
-        # Of a stack of experts, a matrix has three dimensions and a bias has two.
-        chosen = [
-            p
-            for p in trained
-            if (id(p) in special) == expert and (p.ndim > (2 if expert else 1) and id(p) not in embedded) == decays
-        ]
         return {
-            "params": chosen,
+            "params": trained.get((expert, decays), []),
             "lr": lr * ratio if expert else lr,
             "weight_decay": weight_decay if decays else 0.0,
         }
 
     groups = [group(expert, decays) for expert in (False, True) for decays in (True, False)]
     return [g for g in groups if g["params"]]
+
+
+def _expert_modules(model: nn.Module) -> tuple[str, ...]:
+    """How the names of the specialized experts' parameters begin, those of adapters around them included."""
+    found = []
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        listed = last == "experts" and isinstance(module, nn.ModuleList | nn.ModuleDict)
+        stacked = getattr(getattr(module, "down_proj", None), "ndim", 0) == 3
+        if (
+            listed or stacked or "Experts" in type(module).__name__
+        ) and "shared" not in f"{name}{type(module)}".lower():
+            while name.endswith(".base_layer"):  # PEFT wraps the module, its own parameters beside it
+                name = name.removesuffix(".base_layer")
+            found.append(f"{name}.")
+    return tuple(found)
 
 
 def three_phase(

@@ -59,8 +59,7 @@ class RecycleRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Logits `(T, experts)` of tokens `(T, dim)`, and where they go."""
         with torch.autocast(x.device.type, enabled=False):  # half precision moves tokens to other experts
-            dtype = torch.promote_types(x.dtype, self.wg.weight.dtype)
-            logits = F.linear(x.to(dtype), self.wg.weight.to(dtype))
+            logits = self.wg(x.to(self.wg.weight.dtype))
         return logits, route_tokens(
             logits, self.top_k, self.capacity(len(x)) if self.training else None, recycle=self.routing == "recycle"
         )

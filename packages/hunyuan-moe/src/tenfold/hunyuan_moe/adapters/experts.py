@@ -1,7 +1,10 @@
 """The grouped products in transformers' own MoE models: `register_experts()`, `experts_implementation="tenfold"`."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
@@ -11,13 +14,35 @@ from tenfold.kernels import Routing, expert_swiglu, grouped_matmul, permute_toke
 def register_experts(name: str = "tenfold") -> None:
     """Add the grouped products to transformers under `name`, for every model that takes `experts_implementation`.
 
-    The models' own routers go on choosing: nothing is recycled or dropped.
+    The models' own routers go on choosing: nothing is recycled or dropped. From then on a mixture of experts that does
+    not go through transformers' experts functions (Llama 4, JetMoE, DBRX, Switch, NLLB) refuses the name with a
+    ValueError, where transformers would go on as before without a word.
 
     Example:
         >>> register_experts()
         >>> model = MixtralForCausalLM.from_pretrained(folder, experts_implementation="tenfold")
     """
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
+    check = PreTrainedModel.get_correct_experts_implementation
+    if not hasattr(check, "__wrapped__"):
+        PreTrainedModel.get_correct_experts_implementation = _refusing(check)
+
+
+def _refusing(check):
+    @functools.wraps(check)
+    def checked(self: PreTrainedModel, requested: str | None) -> str:
+        name = check(self, requested)
+        if ALL_EXPERTS_FUNCTIONS.get(name) is experts_forward and not self._can_set_experts_implementation():
+            settings = self.config.to_dict()
+            names = " ".join([*settings, *(settings.get("ffn_config") or ())])
+            if "expert" in names:  # else it has none, such as the vision tower of a larger model
+                raise ValueError(
+                    f"experts_implementation: {type(self).__name__} does not go through transformers' experts "
+                    f"functions, so {name!r} would do nothing"
+                )
+        return name
+
+    return checked
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -133,6 +133,8 @@ class HunyuanLargeModel(HunyuanLargePreTrainedModel):
     ) -> HunyuanLargeOutput:
         """As every transformers decoder; the cache holds keys and values once per run of layers.
 
+        In training no cache is made: transformers tells packed documents apart by position_ids that begin anew, but
+        not where there is a cache, and not where an attention_mask is given, even one of ones alone.
         `cache` is what transformers from 5.24 on calls `past_key_values`.
         """
         cache = past_key_values if cache is None else cache
@@ -140,8 +142,9 @@ class HunyuanLargeModel(HunyuanLargePreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if self.gradient_checkpointing and self.training:
-            use_cache, cache = False, None
+        if self.training:
+            use_cache = False
+            cache = None if self.gradient_checkpointing else cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
@@ -233,7 +236,11 @@ class HunyuanLargeForCausalLM(HunyuanLargePreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
-        """Logits, and with `labels` the loss: in training with the balance loss, in evaluation without."""
+        """Logits, and with `labels` the loss: in training with the balance loss, in evaluation without.
+
+        With `num_items_in_batch`, the labels of all micro-batches of an update (transformers' Trainer), the loss is a
+        share of the update's: the cross entropy's sum over them, and the balance loss in proportion to the labels here.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -249,7 +256,8 @@ class HunyuanLargeForCausalLM(HunyuanLargePreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if self.training:
-                loss = loss + self.config.router_aux_loss_coef * outputs.balance_loss
+                share = labels_share(labels, **kwargs)
+                loss = loss + self.config.router_aux_loss_coef * share * outputs.balance_loss
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=outputs.balance_loss,
@@ -259,3 +267,26 @@ class HunyuanLargeForCausalLM(HunyuanLargePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+
+def labels_share(
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+    **kwargs,
+) -> Tensor | float:
+    """The share of an update's labels that a micro-batch has; 1 where there is no more than this batch.
+
+    Args:
+        labels: `(B, T)`, of which the first of each row is nothing's target.
+        num_items_in_batch: labels of the update, counted as transformers' Trainer does.
+        shift_labels: the targets, where they are given.
+        ignore_index: of tokens that are no target.
+        kwargs: what else the loss function is given.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    targets = labels[..., 1:] if shift_labels is None else shift_labels
+    count = targets.ne(ignore_index).sum()
+    return count / torch.as_tensor(num_items_in_batch, device=count.device)
