@@ -13,7 +13,7 @@ MISTAKES = {
     "tiny --model.heads 3": "heads: 3 do not divide dim 64",
     "tiny --model.kv_heads 3": "kv_heads: 3 do not divide heads 2",
     "tiny --model.layers 0": "layers: must be at least 1, got 0",
-    "tiny --model.softmax_layers [9]": "layers: the model has 4 layers, there is no layer 9",
+    "tiny --model.softmax_layers [9]": "layers: the model has 4 attention layers, there is no layer 9",
     "tiny --model.lr -1": "lr: must be at least 0, got -1",
     "tiny --model.min_lr_ratio 3": "min_lr_ratio: must be from 0 to 1, got 3",
     "tiny --data.path no-such.txt": "no-such.txt",
