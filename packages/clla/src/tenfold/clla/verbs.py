@@ -1,9 +1,6 @@
 """What `tenfold clla` offers: `budget`, what a cache costs, and `convert`, a CLLA model from a checkpoint."""
 
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -13,7 +10,7 @@ from rich.table import Table
 
 from tenfold.core.claims.figures import svg
 from tenfold.core.errors import UserError, unknown
-from tenfold.core.files import write_whole
+from tenfold.core.files import write_whole, write_whole_folder
 from tenfold.core.methods import configs
 
 from .budget import bytes_per_token, cost_figure, ladder_costs
@@ -113,7 +110,7 @@ def convert(
         model, errors = convert_model(load_checkpoint(checkpoint), **settings, window=window, calibration=text)
     except ValueError as error:
         raise UserError(str(error)) from error
-    with _whole_folder(output) as temporary:
+    with write_whole_folder(output) as temporary:
         model.save_pretrained(temporary)
         for pattern in ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*"):
             for file in checkpoint.glob(pattern):
@@ -160,16 +157,3 @@ def load_config(name: str) -> CLLAConfig:
         raise UserError(f"config {name}: expected model.init_args of a CLLAModule ({gist})") from error
     except ValueError as error:
         raise UserError(f"config {name}: {error}") from error
-
-
-@contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place if the block succeeds, and is gone if it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
