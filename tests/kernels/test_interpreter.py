@@ -10,6 +10,7 @@ import pytest
 FILES = sorted(Path(__file__).parent.glob("test_*_triton.py"))
 
 
+@pytest.mark.timeout(1200)  # a whole file, which a slow machine takes minutes for
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_kernels_are_right_in_tritons_interpreter(file):
     run = subprocess.run(

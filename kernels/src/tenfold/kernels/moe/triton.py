@@ -230,9 +230,10 @@ def _gather_kernel(
         total = tl.zeros((BLOCK,), tl.float32)
         for j in range(K):
             row = tl.load(row_ptr + token * K + j)
-            inside = lanes < H
-            if WEIGHTED:
-                inside = inside & (tl.load(dropped_ptr + token * K + j) == 0)
+            stop = H
+            if WEIGHTED:  # a limit and not one mask & another, of which Triton 3.9's interpreter makes integers
+                stop = tl.where(tl.load(dropped_ptr + token * K + j), 0, H)
+            inside = lanes < stop
             y = tl.load(y_ptr + row * H + lanes, mask=inside, other=0.0).to(tl.float32)
             if WEIGHTED:
                 y *= tl.load(weight_ptr + token * K + j)
@@ -252,7 +253,7 @@ def _unpermute_backward_kernel(
     product = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, H, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
-        inside = (lanes < H) & kept
+        inside = lanes < tl.where(kept, H, 0)
         grad = tl.load(grad_ptr + entry // K * H + lanes, mask=inside, other=0.0).to(tl.float32)
         product += grad * tl.load(y_ptr + row * H + lanes, mask=inside, other=0.0).to(tl.float32)
         dy = tl.where(kept, weight * grad, 0.0)
