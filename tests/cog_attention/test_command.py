@@ -28,8 +28,10 @@ def test_mistakes(line, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "cog-attention", "--config", *line.split()]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("tenfold: ")
-    assert captured.err.count("\n") == 1
-    assert MISTAKES[line] in captured.err
+    # torchao, where it is installed, logs under torch 2.15 when it is first imported, which may be here.
+    said = [text for text in captured.err.splitlines() if "torch/utils/_pytree.py" not in text]
+    assert len(said) == 1
+    assert said[0].startswith("tenfold: ")
+    assert MISTAKES[line] in said[0]
     assert "run folder" not in captured.out
     assert not list(Path().iterdir())
